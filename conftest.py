@@ -1,0 +1,30 @@
+"""The --benchmark option: `pytest` runs the tests and skips bench/, `pytest --benchmark` runs bench/ alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent / "bench"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--benchmark", action="store_true", help="run the benchmarks of bench/, and nothing else unless paths are given"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--benchmark") and not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install pytest-benchmark")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    benches = [item for item in items if BENCH in item.path.parents]
+    if not config.getoption("--benchmark"):
+        for item in benches:
+            item.add_marker(pytest.mark.skip(reason="benchmarks run with --benchmark"))
+    elif config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.hook.pytest_deselected(items=[item for item in items if item not in benches])
+        items[:] = benches

@@ -1,0 +1,165 @@
+"""What every operator keeps, on the inputs of kernel_cases.py.
+
+The kernels run on a GPU where there is one, and in Triton's interpreter otherwise; only in that case a kernel sees CPU
+tensors. TRITON_INTERPRET must be set before Triton is imported, so the interpreter runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import CASES, REAL_CASES, Case
+from numerics import assert_as_accurate
+from torch import Tensor
+
+import wan_fast
+from wan_fast import kernels
+from wan_fast.kernels import KERNELS
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+DTYPES = [torch.float32, torch.bfloat16]
+
+each_op = pytest.mark.parametrize("name", sorted(KERNELS))
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.id}")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """In deterministic mode torch.empty returns NaN, or the largest integer: a value that is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def arguments(case: Case, dtype: torch.dtype, device: str = DEVICE) -> tuple:
+    """The case's arguments on a device, with the strides that the case gave them."""
+
+    def move(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        buffer = value.as_strided((value.untyped_storage().nbytes() // value.itemsize,), (1,), 0)
+        return buffer.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
+
+    return tuple(move(value) for value in case.inputs(dtype))
+
+
+def in_fp64(args: tuple) -> tuple:
+    """The same arguments with floating-point tensors in fp64."""
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def first_case(name: str) -> Case:
+    return next(case for case in CASES if case.op == name)
+
+
+@each_op
+def test_every_operator_has_cases(name: str) -> None:
+    assert any(case.op == name for case in CASES), f"add rows for {name} to CASES in kernel_cases.py"
+    assert any(case.op == name for case in REAL_CASES), f"add rows for {name} to REAL_CASES in kernel_cases.py"
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU: test_in_the_interpreter runs it")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@each_case
+def test_kernel_is_as_accurate_as_the_reference(case: Case, dtype: torch.dtype) -> None:
+    kernel = KERNELS[case.op]
+    args = arguments(case, dtype)
+    assert_as_accurate(kernel.launch(*args), kernel.reference(*in_fp64(args)), kernel.reference(*args))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "as_accurate_as_the_reference"]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        # numpy's BLAS threads make the interpreter several times slower
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        # the same package as in this process, whatever the working directory
+        "PYTHONPATH": str(Path(wan_fast.__file__).parents[1]),
+    }
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert re.search(rf"\b{len(CASES) * len(DTYPES)} passed", done.stdout), done.stdout[-1000:]
+
+
+@each_case
+def test_operator_keeps_the_dispatcher_rules(case: Case) -> None:
+    torch.library.opcheck(KERNELS[case.op].op, arguments(case, torch.float32))
+
+
+@each_case
+def test_shape_function_agrees(case: Case) -> None:
+    real = KERNELS[case.op].op(*arguments(case, torch.bfloat16))
+    meta = KERNELS[case.op].op(*arguments(case, torch.bfloat16, "meta"))
+    assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@each_op
+def test_public_function_compiles_whole(name: str) -> None:
+    public = getattr(kernels, name)
+    args = arguments(first_case(name), torch.bfloat16)
+    named = dict(zip(inspect.signature(KERNELS[name].reference).parameters, args, strict=True))
+
+    def program(named: dict) -> Tensor:
+        return public(**named) * 2
+
+    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(named), program(named))
+
+
+def documented(docstring: str, section: str) -> str:
+    """The indented text of one section of a Google-style docstring."""
+    found = re.search(rf"^{section}:\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(docstring), re.MULTILINE)
+    assert found, f"the docstring has no {section}: section"
+    return found[1]
+
+
+@each_op
+def test_docstring_gives_every_shape(name: str) -> None:
+    public = getattr(kernels, name)
+    hints = typing.get_type_hints(public)
+    entries: dict[str, str] = {}
+    for names, text in re.findall(r"^ {4}(\w+(?:, \w+)*): (.*)$", documented(public.__doc__, "Args"), re.MULTILINE):
+        entries |= dict.fromkeys(names.split(", "), text)
+    for argument in inspect.signature(public).parameters:
+        assert argument in entries, f"{name}: {argument} is not documented"
+        if Tensor in (hints[argument], *typing.get_args(hints[argument])):
+            assert re.match(r"\[.+\] ", entries[argument]), f"{name}: {argument} has no shape: {entries[argument]!r}"
+    assert re.search(r"\[.+\]", documented(public.__doc__, "Returns")), f"{name}: the result has no shape"
+    documented(public.__doc__, "Raises")
+
+
+def test_backend_names_what_runs() -> None:
+    assert kernels.backend("cpu") == "reference"
+    if torch.cuda.is_available():
+        assert kernels.backend("cuda") == ("triton" if kernels.why_no_extension("cuda") else "cuda")
+    with pytest.raises(ValueError, match="cpu and cuda"):
+        kernels.backend("meta")
+    with pytest.raises(ValueError, match="frames_to_uint8"):
+        kernels.backend("cpu", "no_such_op")
+
+
+def test_register_refuses_signatures_that_differ() -> None:
+    def reference(x: Tensor, scale: float) -> Tensor:
+        return x * scale
+
+    def launch(x: Tensor) -> Tensor:
+        return x
+
+    with pytest.raises(TypeError, match="different signatures"):
+        kernels._op.register("refused", launch=launch, reference=reference, fake=reference)
+    assert "refused" not in KERNELS

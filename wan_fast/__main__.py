@@ -1,0 +1,5 @@
+import sys
+
+from wan_fast.cli import main
+
+sys.exit(main())

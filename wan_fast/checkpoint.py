@@ -1,0 +1,498 @@
+"""Checkpoints on disk: found, described and checked from their file headers; then loaded tensor by tensor.
+
+Two layouts, told apart by content. Native: config.json and diffusion_pytorch_model*.safetensors at the top (A14B: in
+high_noise_model/ and low_noise_model/), Wan2.x_VAE.pth, models_t5_*.pth, google/umt5-xxl/. Diffusers: model_index.json
+and a folder per part. `open_checkpoint` needs neither torch nor a GPU and reads no weight.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib.resources import files
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wan_fast import manifest
+from wan_fast.config import WanFastError
+from wan_fast.headers import DTYPE_BYTES, read_pth_header, read_safetensors_header
+from wan_fast.tasks import TASKS, VAES, TaskSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: its native name, the name in the file, shape, dtype (safetensors spelling) and file."""
+
+    name: str
+    stored_name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of a checkpoint (a DiT, the VAE, the text encoder): its config and its tensors by native name."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors as stored."""
+        return sum(prod(info.shape) * DTYPE_BYTES.get(info.dtype, 1) for info in self.tensors.values())
+
+    @property
+    def dtypes(self) -> str:
+        return "+".join(sorted({info.dtype.lower() for info in self.tensors.values()}))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything known of a checkpoint without reading a weight.
+
+    `experts` maps "model", or "high_noise" and "low_noise", to a DiT; `defaults` are the sampling settings the
+    checkpoint brings along in generation_config.json, `note` its one line about itself.
+    """
+
+    path: Path
+    layout: str
+    experts: Mapping[str, Part]
+    vae: Part | None
+    text_encoder: Part | None
+    tokenizer: Path | None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+def locate(name: str | None, spec: TaskSpec, *, download: bool = True) -> Path | None:
+    """The folder of a checkpoint given as a folder, a hub id, 'tiny', or None for the task's official hub id.
+
+    A hub id is looked up in the local hub cache first, then downloaded with a progress bar; without `download` the
+    answer is None where it would have to be.
+
+    Raises:
+        WanFastError: there is no such folder, or it cannot be downloaded.
+    """
+    if name == "tiny":
+        return Path(str(files("wan_fast") / "assets" / "tiny"))
+    if name is not None and (Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
+        folder = Path(name).expanduser()
+        if not folder.is_dir():
+            what = "is a file, not a folder" if folder.exists() else "does not exist"
+            raise WanFastError(f"checkpoint folder {name!r} {what}; give a folder, a hub id such as {spec.hub_id}, or tiny")
+        return folder
+    return _from_hub(name or spec.hub_id, download)
+
+
+def _from_hub(repo: str, download: bool) -> Path | None:
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.pth", "google/*", "*spiece.model"]
+    try:
+        cached = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
+        open_checkpoint(cached)
+        return cached
+    except (OSError, ValueError):
+        pass  # not in the cache, or a download that stopped half-way
+    if not download:
+        return None
+    try:
+        return Path(snapshot_download(repo, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        raise WanFastError(
+            f"checkpoint {repo} is neither a folder nor in the hub cache, and cannot be downloaded ({reason}); "
+            "give --ckpt_dir a folder, or try again online"
+        ) from error
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Describe the checkpoint in a folder from its headers.
+
+    Raises:
+        WanFastError: the folder is not a Wan checkpoint, or a file of it is missing, truncated or unsafe.
+    """
+    if (path / "model_index.json").is_file():
+        return _open_diffusers(path)
+    if (path / "config.json").is_file() or (path / "high_noise_model").is_dir() or (path / "low_noise_model").is_dir():
+        return _open_native(path)
+    seen = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+    raise WanFastError(
+        f"{str(path)!r} holds no Wan checkpoint: neither model_index.json nor config.json (it holds: {seen}); "
+        "give the folder these files lie in"
+    )
+
+
+def check(checkpoint: Checkpoint, spec: TaskSpec) -> None:
+    """Hold a checkpoint against the task it is to serve: kind, parts, and every tensor's name and shape.
+
+    Raises:
+        WanFastError: they disagree, or tensors are missing, surplus or of a wrong shape.
+    """
+    fits = tasks_of(checkpoint)
+    if spec.name not in fits:
+        what = f"fits {' '.join(fits)}" if fits else "fits no task of this version"
+        raise WanFastError(
+            f"task {spec.name} does not fit the checkpoint {str(checkpoint.path)!r}, which {what} ({kind_of(checkpoint)}); "
+            "change --task or --ckpt_dir"
+        )
+    for name, part in checkpoint.experts.items():
+        check_tensors(part, manifest.dit_shapes(_dims(part)), "DiT" if name == "model" else f"{name} DiT")
+    if checkpoint.vae is None or checkpoint.text_encoder is None or checkpoint.tokenizer is None:
+        missing = [n for n in ("vae", "text_encoder", "tokenizer") if getattr(checkpoint, n) is None]
+        want = {
+            "vae": spec.vae_spec.file if checkpoint.layout == "native" else "vae/",
+            "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth" if checkpoint.layout == "native" else "text_encoder/",
+            "tokenizer": "google/umt5-xxl/tokenizer.json" if checkpoint.layout == "native" else "tokenizer/tokenizer.json",
+        }
+        raise WanFastError(f"checkpoint {str(checkpoint.path)!r} has no {want[missing[0]]}; download the whole repository")
+    with _described(checkpoint.vae):
+        vae_dims = manifest.VaeDims.of_shapes(checkpoint.vae.shapes)
+    if vae_dims.version != spec.vae or vae_dims.channels != spec.vae_spec.channels:
+        raise WanFastError(
+            f"task {spec.name} needs the Wan {spec.vae} VAE, {str(checkpoint.vae.path)!r} is a {vae_dims.version} one with "
+            f"{vae_dims.channels} channels; take the file that came with the model"
+        )
+    check_tensors(checkpoint.vae, manifest.vae_shapes(vae_dims), "VAE")
+    with _described(checkpoint.text_encoder):
+        text = manifest.text_shapes_like(checkpoint.text_encoder.shapes)
+    check_tensors(checkpoint.text_encoder, text, "text encoder")
+    width = text["token_embedding.weight"][1]
+    for part in checkpoint.experts.values():
+        if _dims(part).text_dim != width:
+            raise WanFastError(
+                f"the text encoder {str(checkpoint.text_encoder.path)!r} is {width} wide, the DiT takes {_dims(part).text_dim}; "
+                "take the parts of one model"
+            )
+
+
+def check_tensors(part: Part, expected: manifest.Shapes, what: str) -> None:
+    """Raise unless `part` has exactly the tensors in `expected`, with their shapes."""
+    missing = [name for name in expected if name not in part.tensors]
+    surplus = [name for name in part.tensors if name not in expected]
+    wrong = [name for name in expected if name in part.tensors and part.shapes[name] != tuple(expected[name])]
+    problems = [
+        f"{len(names)} {title}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for title, names in (("missing", missing), ("surplus", surplus))
+        if names
+    ]
+    if wrong:
+        name = wrong[0]
+        problems.append(
+            f"{len(wrong)} of a wrong shape: {name} is {list(part.shapes[name])}, expected {list(expected[name])}"
+            + (", ..." if len(wrong) > 1 else "")
+        )
+    if problems:
+        raise WanFastError(
+            f"{what} {str(part.path)!r} does not have the tensors of its architecture: {'; '.join(problems)}; "
+            "download the file again, or give the checkpoint it belongs to"
+        )
+
+
+def tasks_of(checkpoint: Checkpoint) -> list[str]:
+    """Names of the tasks a checkpoint's kind fits: channels, branches and number of experts, whatever its width."""
+    kind = kind_of(checkpoint)
+    return [name for name, spec in TASKS.items() if _kind(spec) == kind]
+
+
+def kind_of(checkpoint: Checkpoint) -> str:
+    """The kind of model in a word or two, from its tensors."""
+    part = next(iter(checkpoint.experts.values()))
+    with _described(part):
+        dims = _dims(part)
+    extras = (
+        ("vace", "vace_patch_embedding.weight"),
+        ("speech", "casual_audio_encoder.weights"),
+        ("animate", "pose_patch_embedding.weight"),
+        ("first-last-frame", "img_emb.emb_pos"),
+        ("image", "img_emb.proj.1.weight"),
+    )
+    branch = next((word for word, name in extras if name in part.tensors), "plain")
+    return f"{branch} DiT {dims.in_dim}->{dims.out_dim}, {len(checkpoint.experts)} expert(s)"
+
+
+def _kind(spec: TaskSpec) -> str:
+    words = {"first_last": "first-last-frame", "vace": "vace", "speech": "speech", "animate": "animate"}
+    branch = words.get(spec.kind, "image" if spec.image_tokens else "plain")
+    return f"{branch} DiT {spec.in_dim}->{spec.out_dim}, {len(spec.experts)} expert(s)"
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `wan-fast inspect` tells: layout, fitting tasks, and per part sizes, dtypes, and tensors missing or surplus."""
+    parts: dict[str, Any] = {}
+    named = {("DiT" if n == "model" else f"DiT {n}"): p for n, p in checkpoint.experts.items()}
+    for name, part in {**named, "VAE": checkpoint.vae, "text encoder": checkpoint.text_encoder}.items():
+        parts[name] = {"missing": "the whole part"} if part is None else _describe_part(name, part)
+    return {
+        "checkpoint": str(checkpoint.path),
+        "layout": checkpoint.layout,
+        "kind": kind_of(checkpoint),
+        "fits": tasks_of(checkpoint) or ["no task of this version"],
+        "tokenizer": str(checkpoint.tokenizer) if checkpoint.tokenizer else "missing",
+        "note": checkpoint.note or "none",
+        "parts": parts,
+    }
+
+
+def _describe_part(name: str, part: Part) -> dict[str, Any]:
+    about: dict[str, Any] = {
+        "file": str(part.path),
+        "parameters": f"{manifest.num_parameters(part.shapes):,}",
+        "dtype": part.dtypes,
+        "tensors": len(part.tensors),
+    }
+    with _described(part):
+        if name == "VAE":
+            dims: Any = manifest.VaeDims.of_shapes(part.shapes)
+            expected = manifest.vae_shapes(dims)
+        elif name == "text encoder":
+            expected = manifest.text_shapes_like(part.shapes)
+            dims = {"dim": expected["token_embedding.weight"][1], "vocab": expected["token_embedding.weight"][0]}
+        else:
+            dims = _dims(part)
+            expected = manifest.dit_shapes(dims)
+    sizes = dims if isinstance(dims, dict) else asdict(dims)
+    about["sizes"] = ", ".join(f"{key} {value}" for key, value in sizes.items())
+    about["missing"] = [n for n in expected if n not in part.tensors] or "none"
+    about["surplus"] = [n for n in part.tensors if n not in expected] or "none"
+    about["wrong shape"] = [n for n in expected if part.shapes.get(n, expected[n]) != expected[n]] or "none"
+    return about
+
+
+def _dims(part: Part) -> manifest.DiTDims:
+    return manifest.DiTDims.of_shapes(part.shapes, part.config)
+
+
+@contextmanager
+def _described(part: Part) -> Iterator[None]:
+    """Say which file it is where a part lacks even the tensors its sizes are read from."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError) as error:
+        raise WanFastError(
+            f"{str(part.path)!r} is not that part of a Wan checkpoint: {error} is missing or of another shape; download it again"
+        ) from error
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+
+def _open_native(path: Path) -> Checkpoint:
+    if (path / "config.json").is_file():
+        experts = {"model": _safetensors_part(path, "diffusion_pytorch_model", {})}
+    else:
+        experts = {}
+        for name in ("high_noise", "low_noise"):
+            folder = path / f"{name}_model"
+            if not folder.is_dir():
+                raise WanFastError(f"checkpoint {str(path)!r} has one expert but no {folder.name}/; download the whole repository")
+            experts[name] = _safetensors_part(folder, "diffusion_pytorch_model", {})
+    vae = next((path / spec.file for spec in VAES.values() if (path / spec.file).is_file()), None)
+    text = next(iter(sorted(path.glob("models_t5_*.pth"))), None)
+    tokenizer = path / "google" / "umt5-xxl"
+    return Checkpoint(
+        path=path,
+        layout="native",
+        experts=experts,
+        vae=vae and _pth_part(vae),
+        text_encoder=text and _pth_part(text),
+        tokenizer=tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
+        **_generation_config(path),
+    )
+
+
+def _open_diffusers(path: Path) -> Checkpoint:
+    index = _json(path / "model_index.json")
+    two = isinstance(index.get("transformer_2"), list) and index["transformer_2"][0] is not None
+    folders = {"high_noise": "transformer", "low_noise": "transformer_2"} if two else {"model": "transformer"}
+    for folder in folders.values():
+        if not (path / folder).is_dir():
+            raise WanFastError(f"checkpoint {str(path)!r} has no {folder}/, which its model_index.json names; download it")
+    experts = {n: _safetensors_part(path / f, "diffusion_pytorch_model", _DIT_NAMES) for n, f in folders.items()}
+    vae, text, tokenizer = path / "vae", path / "text_encoder", path / "tokenizer"
+    vae_part = None
+    if vae.is_dir():
+        residual = _json(vae / "config.json").get("is_residual", False)
+        vae_part = _safetensors_part(vae, "diffusion_pytorch_model", _VAE22_NAMES if residual else _VAE21_NAMES)
+    return Checkpoint(
+        path=path,
+        layout="diffusers",
+        experts=experts,
+        vae=vae_part,
+        text_encoder=_safetensors_part(text, "model", _TEXT_NAMES) if text.is_dir() else None,
+        tokenizer=tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
+        **_generation_config(path),
+    )
+
+
+def open_dit(folder: Path) -> Part:
+    """One transformer in a folder of its own, in either layout."""
+    config = _json(folder / "config.json")
+    native = config.get("_class_name") != "WanTransformer3DModel" and "num_attention_heads" not in config
+    return _safetensors_part(folder, "diffusion_pytorch_model", {} if native else _DIT_NAMES)
+
+
+def _generation_config(path: Path) -> dict[str, Any]:
+    if not (path / "generation_config.json").is_file():
+        return {}
+    config = _json(path / "generation_config.json")
+    note = config.pop("note", "")
+    return {"defaults": {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}, "note": note}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WanFastError(f"{str(path)!r} does not exist; download the whole repository") from None
+    except (OSError, ValueError) as error:
+        raise WanFastError(f"{str(path)!r} cannot be read as JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise WanFastError(f"{str(path)!r} holds no JSON object; download it again")
+    return content
+
+
+def _safetensors_part(folder: Path, stem: str, names: Mapping[str, str]) -> Part:
+    """A model in one `stem`.safetensors or in the shards its index lists; `names` maps stored to native names."""
+    config = _json(folder / "config.json")
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.is_file():
+        shards = [single]
+    elif index.is_file():
+        weight_map = _json(index).get("weight_map", {})
+        shards = [folder / name for name in sorted(set(weight_map.values()))]
+        for shard in shards:
+            if not shard.is_file():
+                raise WanFastError(f"shard {shard.name} of {len(shards)} is missing from {str(folder)!r}; download it")
+    else:
+        raise WanFastError(f"{str(folder)!r} holds neither {single.name} nor {index.name}; download the whole repository")
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for stored, (dtype, shape) in read_safetensors_header(shard).items():
+            name = native_name(stored, names)
+            if name is not None:
+                tensors[name] = TensorInfo(name, stored, shape, dtype, shard)
+    return Part(folder, config, tensors)
+
+
+def _pth_part(file: Path) -> Part:
+    return Part(file, {}, {n: TensorInfo(n, n, s, d, file) for n, (d, s) in read_pth_header(file).items()})
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+_ATTENTION_NAMES = {
+    r"attn1\.": "self_attn.",
+    r"attn2\.": "cross_attn.",
+    r"\.to_([qkv])\.": r".\1.",
+    r"\.to_out\.0\.": ".o.",
+}
+_DIT_NAMES = {
+    r"^condition_embedder\.text_embedder\.linear_1\.": "text_embedding.0.",
+    r"^condition_embedder\.text_embedder\.linear_2\.": "text_embedding.2.",
+    r"^condition_embedder\.time_embedder\.linear_1\.": "time_embedding.0.",
+    r"^condition_embedder\.time_embedder\.linear_2\.": "time_embedding.2.",
+    r"^condition_embedder\.time_proj\.": "time_projection.1.",
+    r"^condition_embedder\.image_embedder\.norm1\.": "img_emb.proj.0.",
+    r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.": "img_emb.proj.1.",
+    r"^condition_embedder\.image_embedder\.ff\.net\.2\.": "img_emb.proj.3.",
+    r"^condition_embedder\.image_embedder\.norm2\.": "img_emb.proj.4.",
+    r"^condition_embedder\.image_embedder\.pos_embed$": "img_emb.emb_pos",
+    r"^scale_shift_table$": "head.modulation",
+    r"^proj_out\.": "head.head.",
+    r"\.scale_shift_table$": ".modulation",
+    r"^((?:vace_)?blocks\.\d+)\.norm2\.": r"\1.norm3.",
+    **_ATTENTION_NAMES,
+    r"\.add_([kv])_proj\.": r".\1_img.",
+    r"\.norm_added_k\.": ".norm_k_img.",
+    r"\.ffn\.net\.0\.proj\.": ".ffn.0.",
+    r"\.ffn\.net\.2\.": ".ffn.2.",
+    r"^(vace_blocks\.\d+)\.proj_in\.": r"\1.before_proj.",
+    r"^(vace_blocks\.\d+)\.proj_out\.": r"\1.after_proj.",
+}
+_VAE_NAMES = {
+    r"^quant_conv\.": "conv1.",
+    r"^post_quant_conv\.": "conv2.",
+    r"\.conv_in\.": ".conv1.",
+    r"\.norm_out\.": ".head.0.",
+    r"\.conv_out\.": ".head.2.",
+    r"\.mid_block\.attentions\.0\.": ".middle.1.",
+    r"\.mid_block\.resnets\.(\d)\.": lambda m: f".middle.{2 * int(m[1])}.",
+    r"\.conv_shortcut\.": ".shortcut.",
+    r"(\d)\.norm1\.": r"\1.residual.0.",
+    r"(\d)\.conv1\.": r"\1.residual.2.",
+    r"(\d)\.norm2\.": r"\1.residual.3.",
+    r"(\d)\.conv2\.": r"\1.residual.6.",
+}
+_VAE21_NAMES = {
+    r"\.down_blocks\.": ".downsamples.",
+    r"\.up_blocks\.(\d)\.resnets\.(\d)\.": lambda m: f".upsamples.{4 * int(m[1]) + int(m[2])}.",
+    r"\.up_blocks\.(\d)\.upsamplers\.0\.": lambda m: f".upsamples.{4 * int(m[1]) + 3}.",
+    **_VAE_NAMES,
+}
+_VAE22_NAMES = {
+    r"\.down_blocks\.(\d)\.resnets\.": r".downsamples.\1.downsamples.",
+    r"\.down_blocks\.(\d)\.downsampler\.": r".downsamples.\1.downsamples.2.",
+    r"\.up_blocks\.(\d)\.resnets\.": r".upsamples.\1.upsamples.",
+    r"\.up_blocks\.(\d)\.upsampler\.": r".upsamples.\1.upsamples.3.",
+    **_VAE_NAMES,
+}
+_TEXT_NAMES = {
+    r"^encoder\.embed_tokens\.weight$": None,  # the same tensor as `shared`
+    r"^shared\.": "token_embedding.",
+    r"^encoder\.final_layer_norm\.": "norm.",
+    r"^encoder\.block\.(\d+)\.layer\.0\.layer_norm\.": r"blocks.\1.norm1.",
+    r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.": r"blocks.\1.pos_embedding.embedding.",
+    r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.": r"blocks.\1.attn.",
+    r"^encoder\.block\.(\d+)\.layer\.1\.layer_norm\.": r"blocks.\1.norm2.",
+    r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.": r"blocks.\1.ffn.gate.0.",
+    r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.": r"blocks.\1.ffn.fc1.",
+    r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.": r"blocks.\1.ffn.fc2.",
+}
+
+
+def native_name(stored: str, names: Mapping[str, Any]) -> str | None:
+    """Rename a tensor by the rules that match, in order; None where it repeats another tensor."""
+    for pattern, replacement in names.items():
+        if replacement is None:
+            if re.search(pattern, stored):
+                return None
+        else:
+            stored = re.sub(pattern, replacement, stored)
+    return stored
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(part: Part) -> Iterator[tuple[str, torch.Tensor]]:
+    """(native name, tensor on the CPU) one after the other; files are mapped, not read whole."""
+    import torch
+    from safetensors import safe_open
+
+    by_file: dict[Path, list[TensorInfo]] = {}
+    for info in part.tensors.values():
+        by_file.setdefault(info.file, []).append(info)
+    for file, infos in by_file.items():
+        if file.suffix == ".pth":
+            state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            for info in infos:
+                yield info.name, state.pop(info.stored_name)
+        else:
+            with safe_open(file, framework="pt") as opened:
+                for info in infos:
+                    yield info.name, opened.get_tensor(info.stored_name)

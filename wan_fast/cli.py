@@ -1,0 +1,275 @@
+"""The command line: run, plan, doctor, inspect. What is wrong is said in one line on standard error, with exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import wan_fast
+from wan_fast.config import EngineConfig, Output, Request, WanFastError, with_seed
+from wan_fast.flags import Parser, add_not_yet, add_options, build
+from wan_fast.tasks import TASKS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wan_fast.planning import Plan
+
+_EXAMPLE = 'wan-fast run --task ti2v-5B --ckpt_dir tiny --prompt "a red ball bounces" --save_file ball.mp4'
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 2 the request cannot be carried out, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        name, command = _command(words)
+        return command(words[1:]) if name else 0
+    except WanFastError as error:
+        line = " ".join(str(error).split())
+        print(f"wan-fast: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nwan-fast: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        return 141
+
+
+def _command(words: list[str]) -> tuple[str, Any]:
+    top = argparse.ArgumentParser(
+        prog="wan-fast",
+        description="Wan 2.1 and 2.2 video generation.",
+        epilog=f"Try: {_EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.error = lambda message: (_ for _ in ()).throw(WanFastError(message))  # type: ignore[assignment,method-assign]
+    top.add_argument("--version", action="version", version=f"wan-fast {wan_fast.__version__}")
+    commands = {"run": _run, "plan": _plan, "doctor": _doctor, "inspect": _inspect}
+    helps = {
+        "run": "make one video (or picture) and write it",
+        "plan": "say what run would do, with the same flags, and do nothing",
+        "doctor": "say what this machine has, and what each operation would use",
+        "inspect": "say what a checkpoint is, and what it lacks",
+    }
+    subparsers = top.add_subparsers(metavar="COMMAND")
+    for name, text in helps.items():
+        subparsers.add_parser(name, help=text, add_help=False)
+    if words and words[0] in commands:
+        return words[0], commands[words[0]]
+    if words and not words[0].startswith("-"):
+        from difflib import get_close_matches
+
+        close = get_close_matches(words[0], commands, 1)
+        raise WanFastError(f"unknown command {words[0]!r}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+    top.parse_args(words or ["--help"])
+    raise WanFastError("no command given; see wan-fast --help")
+
+
+# --- run and plan -----------------------------------------------------------------------------------------------------
+
+
+def _run_parser(name: str, description: str) -> Parser:
+    parser = Parser(prog=f"wan-fast {name}", description=description, epilog=f"Example: {_EXAMPLE}")
+    for cls in (EngineConfig, Request, Output):
+        add_options(parser, cls)
+    add_not_yet(parser)
+    return parser
+
+
+def _run(words: Sequence[str]) -> int:
+    parsed = _run_parser("run", "Make one video (or picture) and write it.").parse_args(words)
+    config, request, output = build(EngineConfig, parsed), with_seed(build(Request, parsed)), build(Output, parsed)
+    todo = wan_fast.plan(config, request)
+    target = _check_outputs(output, todo)
+    _say_plan(todo)
+
+    import torch
+    from safetensors.torch import save_file
+
+    from wan_fast import video
+
+    config = replace(config, offload_model=todo.memory.offload)
+    with ExitStack() as stack:
+        bars = stack.enter_context(_Bars(output.quiet))
+        engine = wan_fast.Engine(config, on_progress=bars)
+        chunks: list[Tensor] = []
+        keep = (lambda chunk: chunks.append(chunk.cpu())) if output.save_frames else None
+        result = engine.generate(request, on_progress=bars, on_frames=keep)
+        if output.save_frames:
+            with video.whole(Path(output.save_frames)) as scratch:
+                save_file({"frames": torch.cat(chunks, dim=1)}, scratch)
+        if output.save_latents:
+            with video.whole(Path(output.save_latents)) as scratch:
+                save_file({"latents": result.latents.contiguous()}, scratch)
+        if output.stats:
+            with video.whole(Path(output.stats)) as scratch:
+                scratch.write_text(json.dumps(result.stats, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+        video.write(result.frames, target, result.fps)
+    seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in result.stats["seconds"].items())
+    print(f"done        {seconds}; peak {_gib(result.stats['peak_bytes'])}")
+    print(target)
+    return 0
+
+
+def _plan(words: Sequence[str]) -> int:
+    parser = _run_parser("plan", "Say what `wan-fast run` would do with the same flags, and do nothing.")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parsed = parser.parse_args(words)
+    config, request, output = build(EngineConfig, parsed), with_seed(build(Request, parsed)), build(Output, parsed)
+    todo = wan_fast.plan(config, request)
+    _check_outputs(output, todo)
+    if parsed.json:
+        print(json.dumps(todo.to_dict(), indent=1, ensure_ascii=False, default=str))
+        return 0
+    _say_plan(todo)
+    memory = todo.memory
+    print("weights     " + ", ".join(f"{name} {_gib(count)}" for name, count in memory.weights.items()))
+    for stage, peak in memory.peak.items():
+        print(f"peak        {stage:8s} {_gib(peak)}, of it working memory {_gib(memory.working[stage])}")
+    for kernel in todo.kernels:
+        print(f"kernel      {kernel.op}: {kernel.backend} ({kernel.why})")
+    print("work        " + ", ".join(f"{stage} {count / 1e12:,.1f} TFLOP" for stage, count in todo.flops.items()))
+    if todo.seconds_at_least is None:
+        print("time        not predicted: the peak of this device is not on record")
+    else:
+        print(f"time        at least {todo.seconds_at_least:.1f} s ({todo.device.peak_tflops:.0f} TFLOP/s dense bf16)")
+    print("step  timestep     sigma  expert      guidance  conditional  unconditional")
+    for step in todo.steps:
+        print(
+            f"{step.index:4d}  {step.timestep:8.0f}  {step.sigma:8.6f}  {step.expert:10s}  {step.guidance_scale:8g}  "
+            f"{step.conditional:11s}  {step.unconditional}"
+        )
+    return 0
+
+
+def _say_plan(todo: Plan) -> None:
+    """The few lines a person wants to see before it starts."""
+    config, request, opened = todo.config, todo.request, todo.checkpoint
+    assert request.size is not None
+    if opened is None:
+        print(f"checkpoint  {config.checkpoint or config.spec.hub_id}, to be downloaded; planned with the released sizes")
+    else:
+        dtypes = next(iter(opened.experts.values())).dtypes
+        print(f"checkpoint  {opened.path} ({opened.layout}, {dtypes})")
+        if opened.note:
+            print(f"note        {opened.note}")
+    print(f"device      {todo.device.name}: {todo.device.model}, {todo.dtype}, {_gib(todo.memory.budget)} to use")
+    guidance = request.guidance_scale
+    assert isinstance(guidance, tuple)
+    scale = f"{guidance[0]:g}" if guidance[0] == guidance[1] else f"{guidance[0]:g},{guidance[1]:g}"
+    print(
+        f"video       {request.size[0]}x{request.size[1]}, {request.num_frames} frames at {request.fps:g} fps; "
+        f"{request.num_steps} steps of {request.solver}, shift {request.shift:g}, guidance {scale}, "
+        + (f"noise from {request.noise}" if request.noise else f"seed {request.seed}")
+    )
+    worst = max(todo.memory.peak, key=lambda stage: todo.memory.peak[stage])
+    placing = "one model at a time on the device" if todo.memory.offload else "all models resident"
+    print(f"plan        {todo.tokens:,} tokens, peak {_gib(todo.memory.peak[worst])} in {worst}, {placing}")
+    for warning in todo.warnings:
+        print(f"warning     {warning}")
+
+
+def _check_outputs(output: Output, todo: Plan) -> Path:
+    """The file to write; every output's folder and suffix are checked."""
+    from wan_fast import video
+
+    request, spec = todo.request, todo.config.spec
+    assert request.num_frames is not None and request.prompt is not None and request.size is not None
+    if output.save_file is not None:
+        target = Path(output.save_file)
+    else:
+        words = "".join(c if c.isalnum() else "_" for c in request.prompt.strip())[:50]
+        suffix = ".png" if spec.image_only else ".mp4"
+        target = Path(f"{spec.name}_{request.size[0]}x{request.size[1]}_{words}_{time.strftime('%Y%m%d_%H%M%S')}{suffix}")
+    video.check_output(target, request.num_frames, spec.image_only)
+    for name, flag in (("save_latents", "--save-latents"), ("save_frames", "--save-frames"), ("stats", "--stats")):
+        if (path := getattr(output, name)) is not None:
+            video.check_folder(Path(path), flag)
+    return target
+
+
+class _Bars:
+    """One progress bar per stage, with the time left."""
+
+    _UNITS = {"load": "B", "denoise": "step", "decode": "frame"}
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.stage = ""
+        self.bar: Any = None
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self.quiet:
+            return
+        if stage != self.stage:
+            from tqdm import tqdm
+
+            self.__exit__()
+            unit = self._UNITS.get(stage, "it")
+            self.bar = tqdm(total=total, desc=f"{stage:8s}", unit=unit, unit_scale=unit == "B", dynamic_ncols=True)
+            self.stage = stage
+        self.bar.update(done - self.bar.n)
+
+
+# --- doctor and inspect -------------------------------------------------------------------------------------------------
+
+
+def _doctor(words: Sequence[str]) -> int:
+    parser = Parser(prog="wan-fast doctor", description="Say what this machine has, and what each operation would use.")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parsed = parser.parse_args(words)
+    from wan_fast.doctor import report
+
+    facts = report()
+    if parsed.json:
+        print(json.dumps(facts, indent=1, default=str))
+        return 0
+    for title, rows in facts.items():
+        for name, value in rows.items():
+            print(f"{title:11s} {name}: {value}")
+    return 0
+
+
+def _inspect(words: Sequence[str]) -> int:
+    parser = Parser(prog="wan-fast inspect", description="Say what a checkpoint is, and what it lacks.")
+    parser.add_argument("checkpoint", metavar="CKPT", help="folder, hub id in the local cache, or tiny")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    parsed = parser.parse_args(words)
+    from wan_fast import checkpoint as checkpoints
+
+    path = checkpoints.locate(parsed.checkpoint, TASKS["ti2v-5B"], download=False)
+    if path is None:
+        raise WanFastError(f"{parsed.checkpoint} is neither a folder nor in the hub cache; download it first")
+    facts = checkpoints.describe(checkpoints.open_checkpoint(path))
+    if parsed.json:
+        print(json.dumps(facts, indent=1, default=str))
+        return 0
+    for name, value in facts.items():
+        if name == "parts":
+            for part, about in value.items():
+                print(f"{part}")
+                for key, item in about.items():
+                    print(f"    {key}: {item}")
+        else:
+            print(f"{name}: {' '.join(value) if isinstance(value, list) else value}")
+    return 0
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB"

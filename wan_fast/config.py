@@ -1,0 +1,274 @@
+"""Every option there is, in three frozen dataclasses. Standard library only: importable and testable without a GPU.
+
+`EngineConfig` is what is fixed when an engine is built, `Request` what changes per video, `Output` what the command line
+writes. The command line is generated from the fields; a field's `flags` are its names there, the official one first.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from wan_fast.tasks import TASKS, TaskSpec
+
+
+class WanFastError(ValueError):
+    """The request cannot be carried out: what is wrong, the value seen, and what to do, in one line."""
+
+
+def option(default: Any, help: str, *flags: str, parse: Callable[[str], Any] | None = None, unit: str = "") -> Any:
+    metadata = {"help": help, "flags": flags, "parse": parse, "unit": unit}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """'1280*704' or '1280x704' -> (width, height) in pixels."""
+    match = re.fullmatch(r"\s*(\d+)\s*[*xX×]\s*(\d+)\s*", text)
+    if not match:
+        raise WanFastError(f"--size must be WIDTH*HEIGHT in pixels, got {text!r}; for example 1280*704")
+    return int(match[1]), int(match[2])
+
+
+def parse_guidance(text: str) -> float | tuple[float, float]:
+    """'5' -> 5.0; '3,4' -> (3.0, 4.0), low-noise first."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, 2):
+        raise WanFastError(f"--sample_guide_scale must be one number or LOW,HIGH, got {text!r}; for example 5 or 3,4")
+    return values[0] if len(values) == 1 else (values[0], values[1])
+
+
+def parse_bytes(text: str) -> int | None:
+    """'12GiB', '12GB', '800MiB' -> bytes; 'auto' -> None."""
+    if text == "auto":
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match:
+        raise WanFastError(f"--vram must be a size or auto, got {text!r}; for example 12GiB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** "KMGT".find(match[2].upper()) * base if match[2] else float(match[1]))
+
+
+def parse_bool(text: str) -> bool:
+    word = text.strip().lower()
+    if word not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
+        raise WanFastError(f"expected true or false, got {text!r}")
+    return word in ("yes", "true", "t", "y", "1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything fixed when an engine is built.
+
+    Raises:
+        WanFastError: a value is not allowed.
+    """
+
+    task: str = option(..., "what to make, and with which model: " + " ".join(TASKS), "--task", unit="TASK")
+    checkpoint: str | None = option(
+        None,
+        "folder with the weights, a hub id, or 'tiny' (comes with the package); absent: the task's official hub id",
+        "--ckpt_dir",
+        "--checkpoint",
+        unit="PATH",
+    )
+    device: str = option("auto", "auto, cuda, cuda:1 or cpu", "--device")
+    dtype: Literal["auto", "bf16", "fp32"] = option(
+        "auto", "compute type of the DiT; auto is bf16 on a GPU, fp32 on a CPU", "--dtype"
+    )
+    attention: Literal["auto", "sdpa", "flash", "xformers"] = option("auto", "attention backend", "--attention")
+    vram: int | None = option(
+        None, "memory budget the plan must keep, for example 12GiB; auto: what is free", "--vram", parse=parse_bytes
+    )
+    offload_model: bool | None = option(
+        None,
+        "keep on the GPU only the model at work; default: only where the plan needs it to fit",
+        "--offload_model",
+        parse=parse_bool,
+        unit="BOOL",
+    )
+    t5_cpu: bool = option(False, "run the text encoder on the CPU", "--t5_cpu")
+    convert_model_dtype: bool = option(
+        False, "round all weights of the DiT to bf16, as the official flag does", "--convert_model_dtype"
+    )
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            close = get_close_matches(str(self.task), TASKS, 1)
+            hint = f"did you mean {close[0]}?" if close else "choose one of " + " ".join(TASKS)
+            raise WanFastError(f"unknown task {self.task!r}; {hint}")
+        if not self.spec.wired:
+            able = " ".join(name for name, spec in TASKS.items() if spec.wired)
+            raise WanFastError(f"task {self.task} is known but cannot run in this version yet; these can: {able}")
+        if self.checkpoint is not None and not str(self.checkpoint).strip():
+            raise WanFastError("--ckpt_dir is empty; give a folder, a hub id, or tiny")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise WanFastError(f"unknown device {self.device!r}; choose auto, cuda, cuda:N or cpu")
+        _check_choice(self, "dtype", "auto", "bf16", "fp32")
+        _check_choice(self, "attention", "auto", "sdpa", "flash", "xformers")
+        if self.vram is not None and self.vram <= 0:
+            raise WanFastError(f"--vram must be positive, got {self.vram} bytes")
+
+    @property
+    def spec(self) -> TaskSpec:
+        return TASKS[self.task]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One video: what to show and how to sample it. None means the model's own default.
+
+    Raises:
+        WanFastError: a value is not allowed, whatever the task.
+    """
+
+    prompt: str | None = option(None, "what the video shows", "--prompt", unit="TEXT")
+    negative_prompt: str | None = option(
+        None, "what it must not show; default: the model's official one", "--negative_prompt", unit="TEXT"
+    )
+    image: str | None = option(None, "picture to start from (ti2v-5B: optional)", "--image", unit="FILE")
+    size: tuple[int, int] | None = option(
+        None,
+        "WIDTH*HEIGHT in pixels; with --image an area, whose shape the picture gives",
+        "--size",
+        parse=parse_size,
+        unit="W*H",
+    )
+    num_frames: int | None = option(None, "frames, 4n+1", "--frame_num", "--num_frames")
+    fps: float | None = option(None, "frames per second of the file", "--fps")
+    num_steps: int | None = option(None, "denoising steps", "--sample_steps", "--num_steps")
+    shift: float | None = option(None, "shift of the noise schedule", "--sample_shift", "--shift")
+    guidance_scale: float | tuple[float, float] | None = option(
+        None,
+        "classifier-free guidance; LOW,HIGH for models with two experts",
+        "--sample_guide_scale",
+        "--guidance_scale",
+        parse=parse_guidance,
+        unit="G",
+    )
+    solver: Literal["unipc", "dpm++", "euler"] = option("unipc", "solver of the flow", "--sample_solver", "--solver")
+    seed: int | None = option(None, "seed of the noise; negative: drawn, and printed", "--base_seed", "--seed")
+    noise: str | None = option(
+        None, "start from the tensor 'noise' [C, T, H, W] of this file instead of the seed", "--noise", unit="SAFETENSORS"
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_frames is not None and (self.num_frames < 1 or self.num_frames % 4 != 1):
+            low = max(1, (self.num_frames - 1) // 4 * 4 + 1)
+            near = str(low) if self.num_frames < 1 else f"{low} or {low + 4}"
+            raise WanFastError(f"--frame_num must be 4n+1, got {self.num_frames}; take {near}")
+        if self.num_steps is not None and not 1 <= self.num_steps <= 1000:
+            raise WanFastError(f"--sample_steps must be from 1 to 1000, got {self.num_steps}")
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise WanFastError(f"--size must be two positive numbers, got {self.size}")
+        for name, flag in (("shift", "--sample_shift"), ("fps", "--fps")):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise WanFastError(f"{flag} must be a positive number, got {value}")
+        for value in _pair(self.guidance_scale) or ():
+            if not math.isfinite(value):
+                raise WanFastError(f"--sample_guide_scale must be finite, got {self.guidance_scale}")
+        _check_choice(self, "solver", "unipc", "dpm++", "euler")
+        if self.seed is not None and self.seed >= 2**63:
+            raise WanFastError(f"--base_seed must be below 2**63, got {self.seed}")
+        for name in ("image", "noise"):
+            path = getattr(self, name)
+            if path is not None and not Path(path).is_file():
+                raise WanFastError(f"--{name} {str(path)!r} is not a file; check the path")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What the command line writes, beside the video itself."""
+
+    save_file: str | None = option(
+        None, "the file to write: .mp4 .webm .gif, or .png for one frame; default: a name from task and prompt",
+        "--save_file", unit="FILE",
+    )  # fmt: skip
+    save_latents: str | None = option(
+        None, "also write the final latents, tensor 'latents' [C, T, H, W] fp32", "--save-latents", unit="SAFETENSORS"
+    )
+    save_frames: str | None = option(
+        None, "also write the frames before rounding, tensor 'frames' [3, F, H, W] fp32", "--save-frames",
+        unit="SAFETENSORS",
+    )  # fmt: skip
+    stats: str | None = option(None, "also write seconds, peak memory and the plan as JSON", "--stats", unit="JSON")
+    quiet: bool = option(False, "no progress bars", "--quiet")
+
+
+def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -> Request:
+    """Fill every None of `request` from the checkpoint's own `defaults`, then from the task, and check it against the task.
+
+    `size` stays what the user gave: with a picture it is an area, whose shape the picture decides.
+
+    Raises:
+        WanFastError: the request does not fit the task.
+    """
+    for name in ("image",):
+        if getattr(request, name) is not None and name not in spec.takes:
+            fit = " ".join(s.name for s in TASKS.values() if name in s.takes)
+            raise WanFastError(f"task {spec.name} takes no --{name} (given {getattr(request, name)!r}); tasks that do: {fit}")
+    if not (request.prompt or "").strip():
+        raise WanFastError(f'task {spec.name} needs a prompt, got none; add --prompt "..."')
+    chosen = {name: _first(getattr(request, name), defaults and getattr(defaults, name)) for name in _DEFAULTED}
+    size = chosen["size"] or spec.default_size
+    guidance = _pair(_first(chosen["guidance_scale"], spec.guidance_scale))
+    assert guidance is not None
+    if spec.boundary is None and guidance[0] != guidance[1]:
+        raise WanFastError(
+            f"task {spec.name} has one expert and takes one guidance scale, got {guidance}; give --sample_guide_scale one number"
+        )
+    num_frames = _first(chosen["num_frames"], spec.num_frames)
+    if spec.image_only and num_frames != 1:
+        raise WanFastError(f"task {spec.name} makes one picture, got --frame_num {num_frames}; leave it out")
+    grid = spec.vae_spec.grid
+    if request.image is None and (size[0] % grid or size[1] % grid):
+        near = "*".join(str(max(grid, round(side / grid) * grid)) for side in size)
+        raise WanFastError(
+            f"--size {size[0]}*{size[1]} is not on the {grid}-pixel grid of {spec.name}; the nearest that is: {near}"
+        )
+    shift = spec.shift_480p if spec.shift_480p is not None and tuple(sorted(size)) == (480, 832) else spec.shift
+    return replace(
+        request,
+        size=size,
+        num_frames=num_frames,
+        guidance_scale=guidance,
+        fps=_first(chosen["fps"], spec.fps),
+        num_steps=_first(chosen["num_steps"], spec.num_steps),
+        shift=_first(chosen["shift"], shift),
+        negative_prompt=_first(chosen["negative_prompt"], spec.negative_prompt),
+    )
+
+
+def with_seed(request: Request) -> Request:
+    """The request with a seed drawn where it has none or a negative one."""
+    if request.seed is not None and request.seed >= 0:
+        return request
+    return replace(request, seed=random.randrange(2**31))
+
+
+_DEFAULTED = ("size", "num_frames", "fps", "num_steps", "shift", "guidance_scale", "negative_prompt")
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _pair(scale: float | tuple[float, float] | None) -> tuple[float, float] | None:
+    if scale is None:
+        return None
+    return (float(scale), float(scale)) if isinstance(scale, (int, float)) else (float(scale[0]), float(scale[1]))
+
+
+def _check_choice(options: Any, name: str, *allowed: str) -> None:
+    value = getattr(options, name)
+    if value not in allowed:
+        raise WanFastError(f"{name} must be one of {' '.join(allowed)}, got {value!r}")

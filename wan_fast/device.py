@@ -1,0 +1,116 @@
+"""What this machine computes with, found without importing torch: driver calls through ctypes, /proc for the host."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from wan_fast.config import WanFastError
+
+# dense bf16 tensor-core peak, TFLOP/s, from the vendor's data sheets; the first name found in the device's wins
+_PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312,
+    "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10": 125, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One device: `name` as torch spells it, memory in bytes (`free` of the host: available now)."""
+
+    name: str
+    model: str
+    memory: int
+    free: int
+    capability: tuple[int, int] | None = None
+
+    @property
+    def type(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def peak_tflops(self) -> float | None:
+        """Dense bf16 peak, where it is known."""
+        return next((float(peak) for name, peak in _PEAK_TFLOPS.items() if name in self.model), None)
+
+
+def describe(name: str) -> Device:
+    """The device behind 'auto', 'cpu', 'cuda' or 'cuda:N'; auto takes the first GPU there is.
+
+    Raises:
+        WanFastError: a GPU is asked for that is not there, or that the installed torch cannot use.
+    """
+    if name == "cpu":
+        return _host()
+    gpus, why_not = gpu_list()
+    if name == "auto":
+        return gpus[0] if gpus else _host()
+    index = int(name.partition(":")[2] or 0)
+    if not gpus:
+        raise WanFastError(f"--device {name}: {why_not}; take --device cpu")
+    if index >= len(gpus):
+        raise WanFastError(f"--device {name}: there are {len(gpus)} GPUs, cuda:0 to cuda:{len(gpus) - 1}")
+    return gpus[index]
+
+
+def gpu_list() -> tuple[list[Device], str]:
+    """The usable GPUs, or an empty list and the reason."""
+    if _torch_cuda() is None:
+        return [], "the installed torch is a CPU build"
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return [], "there is no NVIDIA driver (libcuda.so.1)"
+    count = ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return [], "the NVIDIA driver does not answer"
+    return [_gpu(driver, i) for i in range(count.value)], "the NVIDIA driver shows no GPU"
+
+
+def _gpu(driver: ctypes.CDLL, index: int) -> Device:
+    handle, total, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
+    driver.cuDeviceGet(ctypes.byref(handle), index)
+    driver.cuDeviceGetName(name, len(name), handle)
+    driver.cuDeviceTotalMem_v2(ctypes.byref(total), handle)
+    capability = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, handle)
+        capability.append(value.value)
+    # a CUDA context, cuBLAS workspaces and fragmentation take about 1 GiB that tensors never see
+    free = max(0, total.value - 2**30)
+    return Device(
+        name=f"cuda:{index}",
+        model=name.value.decode(),
+        memory=total.value,
+        free=free,
+        capability=(capability[0], capability[1]),
+    )
+
+
+def _host() -> Device:
+    facts = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        facts[key] = int(value.split()[0]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container may be allowed less than the machine has
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        facts = {key: min(value, int(limit.read_text())) for key, value in facts.items()}
+    match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    model = f"{match[1].strip() if match else 'CPU'}, {len(os.sched_getaffinity(0))} threads"
+    return Device(name="cpu", model=model, memory=facts["MemTotal"], free=facts["MemAvailable"])
+
+
+def _torch_cuda() -> str | None:
+    """The CUDA version torch was built for, read from its version file."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    match = re.search(
+        r"^cuda\b.*= *['\"]([\d.]+)['\"]", (Path(spec.origin).parent / "version.py").read_text(), re.MULTILINE
+    )
+    return match[1] if match else None

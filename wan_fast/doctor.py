@@ -1,0 +1,56 @@
+"""What this machine has, for `wan-fast doctor`: devices, packages, compiled kernels, and the backend of each operation."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import wan_fast
+from wan_fast.device import describe, gpu_list
+from wan_fast.planning import kernel_plan
+
+_NEEDED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "av", "pillow", "numpy", "tqdm", "ftfy")  # fmt: skip
+_OPTIONAL = ("flash-attn", "xformers", "nvidia-modelopt", "cupy-cuda13x", "diffusers")
+
+
+def report() -> dict[str, dict[str, str]]:
+    """Section -> name -> what was found."""
+    gpus, why_none = gpu_list()
+    host = describe("cpu")
+    machine = {"wan-fast": wan_fast.__version__, "python": platform.python_version(), "cpu": host.model}
+    machine["memory"] = f"{host.free / 2**30:.1f} GiB free of {host.memory / 2**30:.1f} GiB"
+    devices = {
+        gpu.name: f"{gpu.model}, compute capability {gpu.capability[0]}.{gpu.capability[1]}, {gpu.memory / 2**30:.1f} GiB"
+        for gpu in gpus
+        if gpu.capability
+    }
+    return {
+        "machine": machine,
+        "gpu": devices or {"none": why_none},
+        "package": {name: _version(name, "missing: pip install wan-fast again") for name in _NEEDED},
+        "optional": {name: _version(name, "not installed") for name in _OPTIONAL},
+        "extension": {"wan_fast._cuda": _extension()},
+        "kernel": _kernels(),
+    }
+
+
+def _version(package: str, otherwise: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return otherwise
+
+
+def _extension() -> str:
+    if find_spec("wan_fast._cuda") is None:
+        return "absent: it is built when nvcc and CMake are there during the install; kernels come from Triton"
+    from wan_fast import _cuda
+
+    return "built for " + " ".join(_cuda.architectures())
+
+
+def _kernels() -> dict[str, str]:
+    device = describe("auto")
+    dtype = "fp32" if device.type == "cpu" else "bf16"
+    return {choice.op: f"{choice.backend} ({choice.why})" for choice in kernel_plan("auto", device, dtype)}

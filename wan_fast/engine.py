@@ -1,0 +1,342 @@
+"""Build once, generate many: prepare, plan, denoise, decode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from wan_fast import checkpoint as checkpoints
+from wan_fast import manifest, video
+from wan_fast.attention import backend as attention_backend
+from wan_fast.checkpoint import Part
+from wan_fast.conditioning import PREPARE, Conditioning
+from wan_fast.config import EngineConfig, Request, WanFastError, with_seed
+from wan_fast.dit import Context, WanDiT, grid_of
+from wan_fast.encoders import TextEncoder, Tokenizer
+from wan_fast.kernels import frames_to_uint8
+from wan_fast.planning import GIB, Plan, plan
+from wan_fast.sampler import denoise
+from wan_fast.steps import Step
+from wan_fast.tasks import VAES
+from wan_fast.vae import WanVAE
+
+M = TypeVar("M", bound=nn.Module)
+# (stage, done, total): "load" counts bytes, "denoise" steps, "decode" frames, the others pieces
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """A finished clip.
+
+    frames: [F, H, W, 3] uint8 on the CPU. latents: [C, T, H, W] fp32. stats: seconds and bytes per stage, and the plan.
+    """
+
+    frames: Tensor
+    latents: Tensor
+    fps: float
+    stats: Mapping[str, Any]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the clip as .mp4, .webm, .gif, or one frame as .png or .jpg; returns the path."""
+        path = Path(path)
+        video.check_output(path, len(self.frames), image_only=False)
+        video.write(self.frames, path, self.fps)
+        return path
+
+
+class Engine:
+    """Holds the models of one task and makes videos with them.
+
+    Args:
+        config: what to build.
+        on_progress: called with (stage, done, total) as loading goes on.
+
+    Raises:
+        WanFastError: the checkpoint is missing, not of this task, or does not fit the device.
+    """
+
+    def __init__(self, config: EngineConfig, on_progress: Progress | None = None) -> None:
+        path = checkpoints.locate(config.checkpoint, config.spec)
+        assert path is not None
+        config = replace(config, checkpoint=str(path))
+        first = _plan_or_offload(config)
+        self.config = replace(config, offload_model=first.memory.offload)
+        self.device = torch.device(first.device.name)
+        self.dtype = torch.bfloat16 if first.dtype == "bf16" else torch.float32
+        self.spec = config.spec
+        self.seconds: dict[str, float] = {}
+        assert first.checkpoint is not None
+        self._attention = attention_backend(first.kernels[0].backend)
+        with self._stage("load"), _memory_guard(first):
+            self._load(first.checkpoint, on_progress or _silent)
+
+    def plan(self, request: Request) -> Plan:
+        """What `generate(request)` would do; needs no GPU time."""
+        return plan(self.config, request)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        request: Request,
+        *,
+        on_step: Callable[[Step], None] | None = None,
+        on_progress: Progress | None = None,
+        on_frames: Callable[[Tensor], None] | None = None,
+    ) -> Video:
+        """Make one video.
+
+        Args:
+            request: what to show and how to sample it.
+            on_step: called after each denoising step has been issued.
+            on_progress: called with (stage, done, total).
+            on_frames: called with each decoded chunk, [3, f, H, W] fp32 in [-1, 1], before it is rounded to 8 bits.
+
+        Raises:
+            WanFastError: the request does not fit the task or the device.
+        """
+        todo = self.plan(with_seed(request))
+        progress = on_progress or _silent
+        self.seconds = {"load": self.seconds.get("load", 0.0)}
+        self._reset_peak()
+        with _memory_guard(todo), torch.backends.cudnn.flags(allow_tf32=todo.dtype != "fp32"):
+            with self._stage("prepare"):
+                progress("prepare", 0, 1)
+                conditioning = PREPARE[self.spec.kind](todo.request, self)
+                progress("prepare", 1, 1)
+            with self._stage("denoise"):
+                latents = self._denoise(todo, conditioning, on_step, progress)
+            with self._stage("decode"):
+                frames = self._decode(todo, latents, on_frames, progress)
+        assert todo.request.fps is not None
+        return Video(frames=frames, latents=latents.cpu(), fps=todo.request.fps, stats=self._stats(todo))
+
+    def encode_text(self, texts: Mapping[str, str]) -> Mapping[str, Tensor]:
+        """Each text -> [S, text_dim], unpadded, on the engine's device."""
+        with self._at_work("text") as encoder:
+            device = next(encoder.parameters()).device
+            return {name: encoder(self.tokenizer(text).to(device)).to(self.device) for name, text in texts.items()}
+
+    def encode_video(self, pixels: Tensor) -> Tensor:
+        """[3, F, H, W] in [-1, 1] -> normalised latents [C, T, h, w] fp32."""
+        with self._at_work("vae") as vae:
+            return vae.encode(pixels.to(self.device))
+
+    def _denoise(
+        self, todo: Plan, conditioning: Conditioning, on_step: Callable[[Step], None] | None, progress: Progress
+    ) -> Tensor:
+        rows = [[0.0, s.timestep] if conditioning.split else [s.timestep] for s in todo.steps]
+        timesteps = torch.tensor(rows, device=self.device)[:, None]  # [steps, 1, R]
+        noise = self._noise(todo)
+        contexts: dict[tuple[str, str], Context] = {}
+
+        def velocity(step: Step, latents: Tensor, branch: str) -> Tensor:
+            model = self._expert(step.expert)
+            if (step.expert, branch) not in contexts:
+                contexts[step.expert, branch] = model.prepare([conditioning.text[branch]], grid_of(latents.shape))
+            context = contexts[step.expert, branch]
+            return model(latents[None], timesteps[step.index], context, split=conditioning.split)[0]
+
+        def report(step: Step) -> None:
+            progress("denoise", step.index + 1, step.total)
+            if on_step:
+                on_step(step)
+
+        progress("denoise", 0, len(todo.steps))
+        try:
+            return denoise(todo.steps, noise, velocity, known=conditioning.known, on_step=report)
+        finally:
+            self._expert(None)
+
+    def _decode(
+        self, todo: Plan, latents: Tensor, on_frames: Callable[[Tensor], None] | None, progress: Progress
+    ) -> Tensor:
+        assert todo.request.size is not None and todo.request.num_frames is not None
+        width, height = todo.request.size
+        frames = torch.empty(todo.request.num_frames, height, width, 3, dtype=torch.uint8)
+        done = 0
+        progress("decode", 0, len(frames))
+        with self._at_work("vae") as vae:
+            for chunk in vae.decode_chunks(latents, chunk=todo.memory.decode_chunk):
+                if on_frames:
+                    on_frames(chunk)
+                # the official writers truncate video and round pictures
+                frames[done : done + chunk.shape[1]] = frames_to_uint8(chunk, rounding=self.spec.image_only)
+                done += chunk.shape[1]
+                progress("decode", done, len(frames))
+        return frames
+
+    def _noise(self, todo: Plan) -> Tensor:
+        if todo.request.noise is not None:
+            from safetensors.torch import load_file
+
+            return load_file(todo.request.noise)["noise"].float().to(self.device)
+        assert todo.request.seed is not None
+        generator = torch.Generator(self.device).manual_seed(todo.request.seed)
+        return torch.randn(todo.latent_shape, generator=generator, device=self.device)
+
+    # --- models and where they are ------------------------------------------------------------------------------------
+
+    def _load(self, opened: checkpoints.Checkpoint, progress: Progress) -> None:
+        text, vae, config = opened.text_encoder, opened.vae, self.config
+        assert text is not None and vae is not None and opened.tokenizer is not None
+        home = torch.device("cpu") if config.offload_model else self.device
+        total, done = sum(part.num_bytes for part in (text, vae, *opened.experts.values())), 0
+
+        def report(count: int) -> None:
+            nonlocal done
+            done += count
+            progress("load", done, total)
+
+        progress("load", 0, total)
+        self.tokenizer = Tokenizer(opened.tokenizer)
+        self.models: dict[str, nn.Module] = {
+            "text": load_model(
+                lambda: TextEncoder(text.shapes),
+                text,
+                torch.device("cpu") if config.t5_cpu else home,
+                lambda name: self.dtype,
+                report=report,
+            ),
+            "vae": load_model(
+                lambda: build_vae(manifest.VaeDims.of_shapes(vae.shapes)),
+                vae,
+                home,
+                lambda name: torch.float32,
+                report=report,
+            ),
+        }
+        for name, part in opened.experts.items():
+            dims = manifest.DiTDims.of_shapes(part.shapes, part.config)
+            self.models[name] = load_model(
+                partial(WanDiT, dims, self._attention),
+                part,
+                home,
+                lambda name: torch.float32 if manifest.stays_fp32(name) else self.dtype,
+                through=torch.bfloat16 if config.convert_model_dtype else None,
+                report=report,
+            )
+        self._active: str | None = None
+
+    @contextmanager
+    def _at_work(self, name: str) -> Iterator[Any]:
+        """A model on the device it works on; under offload it goes back to the host afterwards."""
+        moves = self.config.offload_model and not (name == "text" and self.config.t5_cpu)
+        model = self.models[name]
+        if moves:
+            model.to(self.device)
+        try:
+            yield model
+        finally:
+            if moves:
+                model.to("cpu")
+
+    def _expert(self, name: str | None) -> Any:
+        """The DiT of that name, on the device; under offload the one before it leaves, and None leaves none."""
+        if self.config.offload_model and name != self._active:
+            if self._active is not None:
+                self.models[self._active].to("cpu")
+            if name is not None:
+                self.models[name].to(self.device)
+        self._active = name
+        return self.models[name] if name is not None else None
+
+    # --- accounts -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = time.perf_counter() - start
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _stats(self, todo: Plan) -> dict[str, Any]:
+        return {"seconds": dict(self.seconds), "peak_bytes": _peak_bytes(self.device), "plan": todo.to_dict()}
+
+
+def load_model(
+    build: Callable[[], M],
+    part: Part,
+    device: torch.device | str,
+    dtype: Callable[[str], torch.dtype],
+    *,
+    through: torch.dtype | None = None,
+    report: Callable[[int], None] | None = None,
+) -> M:
+    """Build a model on meta and give it its weights one after the other.
+
+    Args:
+        build: makes the model.
+        part: where its tensors lie.
+        device: where they go.
+        dtype: the dtype to hold a tensor in, by its native name.
+        through: a dtype to round every tensor to on the way.
+        report: called with the bytes of each tensor read.
+    """
+    with torch.device("meta"):
+        model = build()
+    state = {}
+    for name, tensor in checkpoints.read_tensors(part):
+        state[name] = (tensor if through is None else tensor.to(through)).to(device, dtype(name))
+        if report:
+            report(tensor.nbytes)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def _plan_or_offload(config: EngineConfig) -> Plan:
+    """The plan of the task's default request; offloading where it does not fit and the config leaves it open."""
+    request = Request(prompt="default")
+    try:
+        return plan(config, request)
+    except WanFastError:
+        if config.offload_model is not None:
+            raise
+        return plan(replace(config, offload_model=True), request)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    """Peak bytes of tensors on a GPU; of the whole process on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def _memory_guard(todo: Plan) -> Iterator[None]:
+    """Turn an allocator's refusal into one line with the plan's numbers."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+                raise
+        stages = ", ".join(f"{stage} {count / GIB:.2f} GiB" for stage, count in todo.memory.peak.items())
+        raise WanFastError(
+            f"out of memory on {todo.device.name}: the plan expected peaks of {stages} within {todo.memory.budget / GIB:.2f} GiB; "
+            "free memory, take a smaller --size or --frame_num, or set --vram to what is free"
+        ) from error
+
+
+def build_vae(dims: manifest.VaeDims) -> WanVAE:
+    spec = VAES[dims.version]
+    return WanVAE(spec, encoder_dim=dims.encoder_dim, decoder_dim=dims.decoder_dim, channels=dims.channels)

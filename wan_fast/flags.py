@@ -1,0 +1,130 @@
+"""Command-line flags: one per field of the dataclasses in config.py, and the official ones that have no field yet."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
+from typing import Any, NoReturn, TypeVar
+
+from wan_fast.config import WanFastError
+
+T = TypeVar("T")
+
+# official flags and planned ones that this version knows but cannot follow: (takes a value, values that ask for nothing)
+_NOT_YET: dict[str, tuple[bool, tuple[str, ...]]] = {
+    **dict.fromkeys(("--ulysses_size", "--ring_size"), (True, ("1",))),
+    **dict.fromkeys(("--t5_fsdp", "--dit_fsdp", "--use_prompt_extend"), (False, ())),
+    **dict.fromkeys(("--prompt_extend_method", "--prompt_extend_model", "--prompt_extend_target_lang"), (True, ())),
+    **dict.fromkeys(("--first_frame", "--last_frame", "--src_video", "--src_mask", "--src_ref_images"), (True, ())),
+    **dict.fromkeys(("--src_root_path", "--refert_num", "--num_clip", "--audio", "--infer_frames"), (True, ())),
+    **dict.fromkeys(("--tts_prompt_audio", "--tts_prompt_text", "--tts_text", "--pose_video", "--lora"), (True, ())),
+    **dict.fromkeys(("--replace_flag", "--use_relighting_lora", "--enable_tts", "--start_from_ref"), (False, ())),
+    "--precision": (True, ("bf16",)),
+    "--step-cache": (True, ("off",)),
+    "--cfg-cache": (True, ("off",)),
+    "--cuda-graphs": (False, ()),
+    "--no-cuda-graphs": (False, ("",)),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and takes every flag with dashes or underscores."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, formatter_class=_Help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise WanFastError(message)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        return super().parse_args(self.spell(sys.argv[1:] if args is None else args), namespace)
+
+    def spell(self, argv: Sequence[str]) -> list[str]:
+        """The flags of `argv` as they are registered; a flag that is not gets the nearest one named."""
+        known = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        spelled = []
+        for word in argv:
+            flag, equals, value = word.partition("=")
+            if flag.startswith("--") and len(flag) > 2:
+                name = known.get(flag.replace("_", "-"))
+                if name is None:
+                    close = get_close_matches(flag, self._option_string_actions, 1)
+                    raise WanFastError(f"unknown flag {flag}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+                word = name + equals + value
+            spelled.append(word)
+        return spelled
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=120)
+
+
+class _NotYet(argparse.Action):
+    """Accepts the values that ask for nothing; any other is refused by name."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        seen = values if isinstance(values, str) else ""
+        if seen not in _NOT_YET[self.option_strings[0]][1]:
+            given = f"{option} {seen}".strip()
+            raise WanFastError(f"{given} is known, but this version cannot follow it yet; leave it out")
+
+
+def add_not_yet(parser: argparse.ArgumentParser) -> None:
+    for flag, (takes_value, _) in _NOT_YET.items():
+        nargs = None if takes_value else 0
+        parser.add_argument(flag, action=_NotYet, nargs=nargs, help=argparse.SUPPRESS, dest=argparse.SUPPRESS)
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
+    """One flag per field: its names, type, choices, default and help come from the dataclass."""
+    group = parser.add_argument_group(cls.__doc__.splitlines()[0].rstrip(".") if cls.__doc__ else cls.__name__)
+    hints = typing.get_type_hints(cls)
+    for field in fields(cls):
+        kind, optional = _unwrap(hints[field.name])
+        help = field.metadata["help"].replace("%", "%%")
+        settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+        if field.default is MISSING:
+            settings["required"] = True
+        elif not optional and kind is not bool:
+            help += f" (default {field.default})"
+        if kind is bool and not field.metadata["parse"]:
+            settings["action"] = "store_true"
+        else:
+            choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
+            settings["type"] = _converter(field.metadata["parse"] or (str if choices else kind), field.metadata["flags"][0])
+            settings["metavar"] = field.metadata["unit"] or ("|".join(choices) if choices else kind.__name__.upper())
+        group.add_argument(*field.metadata["flags"], help=help, **settings)
+
+
+def build(cls: type[T], parsed: argparse.Namespace) -> T:
+    """The dataclass from what was given; what was not keeps its default."""
+    given = {f.name: getattr(parsed, f.name) for f in fields(cls) if hasattr(parsed, f.name)}  # type: ignore[arg-type]
+    return cls(**given)
+
+
+def _unwrap(hint: Any) -> tuple[Any, bool]:
+    """(X, True) of X | None; of a longer union the first member, whose `parse` does the work."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        members = [member for member in typing.get_args(hint) if member is not type(None)]
+        return members[0], len(members) < len(typing.get_args(hint))
+    return hint, False
+
+
+def _converter(convert: Any, flag: str) -> Any:
+    def converted(text: str) -> Any:
+        try:
+            return convert(text)
+        except WanFastError as error:
+            message = str(error)
+            raise WanFastError(message if flag in message else f"{flag}: {message}") from None
+        except ValueError:
+            what = {int: "a whole number", float: "a number"}.get(convert, "another value")
+            raise WanFastError(f"{flag} must be {what}, got {text!r}") from None
+
+    return converted

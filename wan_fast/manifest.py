@@ -1,0 +1,281 @@
+"""The tensors each model consists of: names, shapes and what follows from them (bytes, FLOPs). Standard library only.
+
+A checkpoint is held against these tables from its file headers alone, before a weight is read. Names are the native
+ones. Counts are multiply-adds times two, as in arXiv 2503.20314.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from wan_fast.tasks import FREQ_DIM, HEAD_DIM, PATCH, TEXT_DIM, TEXT_LEN, TaskSpec, VaeSpec
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiTDims:
+    """Sizes of one diffusion transformer."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int
+    out_dim: int
+    text_dim: int = TEXT_DIM
+    text_len: int = TEXT_LEN
+    freq_dim: int = FREQ_DIM
+    eps: float = 1e-6
+
+    @classmethod
+    def of_task(cls, spec: TaskSpec) -> DiTDims:
+        return cls(**{name: getattr(spec, name) for name in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim")})
+
+    @classmethod
+    def of_shapes(cls, shapes: Shapes, config: Mapping[str, object]) -> DiTDims:
+        """Read the sizes from tensor shapes; only heads, text length and eps, which leave no trace there, from `config`."""
+        dim, in_dim = shapes["patch_embedding.weight"][:2]
+        blocks = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
+        heads = config.get("num_heads") or config.get("num_attention_heads") or dim // HEAD_DIM
+        return cls(
+            dim=dim,
+            ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+            num_heads=int(str(heads)),
+            num_layers=max(blocks) + 1,
+            in_dim=in_dim,
+            out_dim=shapes["head.head.weight"][0] // prod(PATCH),
+            text_dim=shapes["text_embedding.0.weight"][1],
+            text_len=int(str(config.get("text_len") or TEXT_LEN)),
+            freq_dim=shapes["time_embedding.0.weight"][1],
+            eps=float(str(config.get("eps") or 1e-6)),
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+def dit_shapes(dims: DiTDims) -> dict[str, tuple[int, ...]]:
+    """Tensors of the base transformer: text-to-video, text-image-to-video, and the A14B experts."""
+    D, F = dims.dim, dims.ffn_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embedding.weight": (D, dims.in_dim, *PATCH),
+        "patch_embedding.bias": (D,),
+        "head.modulation": (1, 2, D),
+        **_linear("text_embedding.0", dims.text_dim, D),
+        **_linear("text_embedding.2", D, D),
+        **_linear("time_embedding.0", dims.freq_dim, D),
+        **_linear("time_embedding.2", D, D),
+        **_linear("time_projection.1", D, 6 * D),
+        **_linear("head.head", D, prod(PATCH) * dims.out_dim),
+    }
+    for i in range(dims.num_layers):
+        block = f"blocks.{i}"
+        shapes |= {f"{block}.modulation": (1, 6, D), f"{block}.norm3.weight": (D,), f"{block}.norm3.bias": (D,)}
+        for attention in (f"{block}.self_attn", f"{block}.cross_attn"):
+            for letter in "qkvo":
+                shapes |= _linear(f"{attention}.{letter}", D, D)
+            shapes |= {f"{attention}.norm_q.weight": (D,), f"{attention}.norm_k.weight": (D,)}
+        shapes |= _linear(f"{block}.ffn.0", D, F) | _linear(f"{block}.ffn.2", F, D)
+    return shapes
+
+
+def text_shapes(vocab: int, dim: int, attention_dim: int, ffn_dim: int, heads: int, layers: int, buckets: int = 32):
+    """Tensors of the umT5 encoder under their native names."""
+    shapes: dict[str, tuple[int, ...]] = {"token_embedding.weight": (vocab, dim), "norm.weight": (dim,)}
+    for i in range(layers):
+        block = f"blocks.{i}"
+        shapes |= {f"{block}.norm1.weight": (dim,), f"{block}.norm2.weight": (dim,)}
+        shapes |= {f"{block}.attn.{letter}.weight": (attention_dim, dim) for letter in "qkv"}
+        shapes[f"{block}.attn.o.weight"] = (dim, attention_dim)
+        shapes |= {f"{block}.ffn.{name}.weight": (ffn_dim, dim) for name in ("gate.0", "fc1")}
+        shapes[f"{block}.ffn.fc2.weight"] = (dim, ffn_dim)
+        shapes[f"{block}.pos_embedding.embedding.weight"] = (buckets, heads)
+    return shapes
+
+
+def text_shapes_like(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """What an encoder of the width and depth seen in `shapes` consists of."""
+    attention_dim, dim = shapes["blocks.0.attn.q.weight"]
+    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+    layers = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name)))
+    ffn_dim = shapes["blocks.0.ffn.fc1.weight"][0]
+    return text_shapes(shapes["token_embedding.weight"][0], dim, attention_dim, ffn_dim, heads, layers, buckets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeDims:
+    """Sizes of one VAE: `version` and the widths of its first encoder and last decoder level."""
+
+    version: str
+    encoder_dim: int
+    decoder_dim: int
+    channels: int
+
+    @classmethod
+    def of_spec(cls, spec: VaeSpec) -> VaeDims:
+        return cls(
+            version=spec.version, encoder_dim=spec.encoder_dim, decoder_dim=spec.decoder_dim, channels=spec.channels
+        )
+
+    @classmethod
+    def of_shapes(cls, shapes: Shapes) -> VaeDims:
+        encoder_dim, pixels = shapes["encoder.conv1.weight"][:2]
+        return cls(
+            version="2.1" if pixels == 3 else "2.2",
+            encoder_dim=encoder_dim,
+            decoder_dim=shapes["decoder.conv1.weight"][0] // 4,
+            channels=shapes["conv2.weight"][0],
+        )
+
+
+_MULTIPLIERS = (1, 2, 4, 4)
+
+
+def vae_shapes(dims: VaeDims) -> dict[str, tuple[int, ...]]:
+    """Tensors of the causal 3-D VAE; 2.1 numbers its layers through, 2.2 nests them by level."""
+    nested, z, pixels = dims.version == "2.2", dims.channels, 3 if dims.version == "2.1" else 12
+    encoder = [dims.encoder_dim * m for m in (1, *_MULTIPLIERS)]
+    decoder = [dims.decoder_dim * m for m in (4, *reversed(_MULTIPLIERS))]
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def conv(name: str, out: int, into: int, *kernel: int) -> None:
+        shapes.update({f"{name}.weight": (out, into, *kernel), f"{name}.bias": (out,)})
+
+    def residual(name: str, into: int, out: int) -> None:
+        shapes.update({f"{name}.residual.0.gamma": (into, 1, 1, 1), f"{name}.residual.3.gamma": (out, 1, 1, 1)})
+        conv(f"{name}.residual.2", out, into, 3, 3, 3)
+        conv(f"{name}.residual.6", out, out, 3, 3, 3)
+        if into != out:
+            conv(f"{name}.shortcut", out, into, 1, 1, 1)
+
+    def middle(name: str, width: int) -> None:
+        residual(f"{name}.0", width, width)
+        shapes[f"{name}.1.norm.gamma"] = (width, 1, 1)
+        conv(f"{name}.1.to_qkv", 3 * width, width, 1, 1)
+        conv(f"{name}.1.proj", width, width, 1, 1)
+        residual(f"{name}.2", width, width)
+
+    def names(part: str, per_level: int):
+        flat = 0
+        for level in range(4):
+            count = per_level + (level < 3)
+            yield [
+                f"{part}.{level}.{part.split('.')[1]}.{i}" if nested else f"{part}.{flat + i}" for i in range(count)
+            ]
+            flat += count
+
+    conv("conv1", 2 * z, 2 * z, 1, 1, 1)
+    conv("conv2", z, z, 1, 1, 1)
+    conv("encoder.conv1", encoder[0], pixels, 3, 3, 3)
+    for level, layers in enumerate(names("encoder.downsamples", 2)):
+        into, out = encoder[level], encoder[level + 1]
+        for i, layer in enumerate(layers[:2]):
+            residual(layer, into if i == 0 else out, out)
+        if level < 3:
+            conv(f"{layers[2]}.resample.1", out, out, 3, 3)
+        if level in (1, 2):
+            conv(f"{layers[2]}.time_conv", out, out, 3, 1, 1)
+    middle("encoder.middle", encoder[-1])
+    conv("decoder.conv1", decoder[0], z, 3, 3, 3)
+    middle("decoder.middle", decoder[0])
+    for level, layers in enumerate(names("decoder.upsamples", 3)):
+        into, out = decoder[level], decoder[level + 1]
+        # 2.1 halves the channels inside each resample, 2.2 in the first residual block of the next level
+        into = into // 2 if level and not nested else into
+        for i, layer in enumerate(layers[:3]):
+            residual(layer, into if i == 0 else out, out)
+        if level < 3:
+            conv(f"{layers[3]}.resample.1", out if nested else out // 2, out, 3, 3)
+        if level in (0, 1):
+            conv(f"{layers[3]}.time_conv", 2 * out, out, 3, 1, 1)
+    for part, width, out in (("encoder", encoder[-1], 2 * z), ("decoder", decoder[-1], pixels)):
+        shapes[f"{part}.head.0.gamma"] = (width, 1, 1, 1)
+        conv(f"{part}.head.2", out, width, 3, 3, 3)
+    return shapes
+
+
+# these stay fp32 under --dtype bf16; all other weights of the DiT are rounded to the compute dtype
+_FP32_WEIGHTS = re.compile(r"modulation|norm|^time_|^head\.")
+
+
+def stays_fp32(name: str) -> bool:
+    """Whether a weight of the DiT is fp32 whatever the compute dtype: norms, modulation, time embedding, head."""
+    return bool(_FP32_WEIGHTS.search(name))
+
+
+def num_parameters(shapes: Shapes) -> int:
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def dit_flops(dims: DiTDims, tokens: int) -> float:
+    """FLOPs of one forward over `tokens` video tokens, text keys and values not counted (they are computed once)."""
+    D, F, L = dims.dim, dims.ffn_dim, tokens
+    per_block = 2 * L * (6 * D * D + 2 * D * F) + 4 * L * L * D + 4 * L * dims.text_len * D
+    return dims.num_layers * per_block + 8.0 * L * D * (dims.in_dim + dims.out_dim)
+
+
+def dit_text_flops(dims: DiTDims) -> float:
+    """FLOPs of projecting one text for one expert: the text MLP and every block's keys and values."""
+    D, S = dims.dim, dims.text_len
+    return 2.0 * S * (dims.text_dim * D + D * D) + dims.num_layers * 4.0 * S * D * D
+
+
+def text_flops(shapes: Shapes, tokens: int) -> float:
+    """FLOPs of encoding `tokens` text tokens: two per weight outside the embeddings, and the attention."""
+    linear = sum(prod(shape) for name, shape in shapes.items() if "embedding" not in name and len(shape) == 2)
+    layers, width = len([n for n in shapes if n.endswith("attn.q.weight")]), shapes["blocks.0.attn.q.weight"][0]
+    return 2.0 * tokens * linear + 4.0 * layers * tokens * tokens * width
+
+
+def vae_flops(dims: VaeDims, part: str, frames: int, height: int, width: int) -> float:
+    """FLOPs of decoding or encoding a clip of latent size `frames`, `height`, `width`; `part` is decoder or encoder."""
+    total = 0.0
+    for name, shape in vae_shapes(dims).items():
+        inside = name.startswith(part) or name == ("conv2.weight" if part == "decoder" else "conv1.weight")
+        if inside and len(shape) >= 4 and name.endswith("weight"):
+            total += 2.0 * prod(shape) * _positions(name, dims, part, frames, height, width)
+    # the middle block's attention: every position of a frame to every other
+    head_dim = 4 * (dims.decoder_dim if part == "decoder" else dims.encoder_dim)
+    return total + 4.0 * frames * (height * width) ** 2 * head_dim
+
+
+def _positions(name: str, dims: VaeDims, part: str, T: int, h: int, w: int) -> int:
+    """Output positions of a convolution, from where its name says it stands."""
+    frames = (T, 2 * T - 1, 4 * T - 3, 4 * T - 3)
+    match = re.search(r"(?:up|down)samples\.(\d+)", name)
+    if match is None:
+        at_pixels = name.startswith("encoder.conv1") or name.startswith("decoder.head")
+        level = 3 if at_pixels else 0
+        return frames[level] * h * w * 4**level
+    per_level = 4 if part == "decoder" else 3
+    level = int(match[1]) if dims.version == "2.2" else int(match[1]) // per_level
+    if part == "decoder":
+        if "time_conv" in name:
+            return (frames[level] - 1) * h * w * 4**level
+        if "resample" in name:
+            return frames[level + 1] * h * w * 4 ** (level + 1)
+        return frames[level] * h * w * 4**level
+    # encoder levels run from pixels (3 doublings above the latent) down to the latent
+    here, below = 3 - level, 2 - level
+    if "time_conv" in name:
+        return (frames[below] - 1) * h * w * 4**below
+    if "resample" in name:
+        return frames[here] * h * w * 4**below
+    return frames[here] * h * w * 4**here
+
+
+def decoder_level(name: str, dims: VaeDims) -> int:
+    """How often width and height have doubled, from the latent, at a decoder layer's input."""
+    match = re.search(r"upsamples\.(\d+)", name)
+    if match is None:
+        return 3 if ".head." in name else 0
+    return int(match[1]) if dims.version == "2.2" else int(match[1]) // 4
+
+
+def _linear(name: str, into: int, out: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (out, into), f"{name}.bias": (out,)}

@@ -1,0 +1,356 @@
+"""Plan, then execute: everything that can be known before the first kernel. No weights, no GPU, no torch on a CPU.
+
+A `Plan` is computed from the configuration, the request, the checkpoint's file headers and a description of the
+device. The engine only executes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from math import floor, prod, sqrt
+from pathlib import Path
+from typing import Any
+
+from wan_fast import checkpoint as checkpoints
+from wan_fast import manifest
+from wan_fast.checkpoint import Checkpoint
+from wan_fast.config import EngineConfig, Request, WanFastError, resolve
+from wan_fast.device import Device, describe
+from wan_fast.headers import read_safetensors_header
+from wan_fast.steps import Step, step_plan
+from wan_fast.tasks import PATCH, TaskSpec
+from wan_fast.video import image_size
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on the device. `weights` by model, `working` by stage (text, denoise, decode), `peak` by stage."""
+
+    budget: int
+    offload: bool
+    weights: Mapping[str, int]
+    working: Mapping[str, int]
+    peak: Mapping[str, int]
+    decode_chunk: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelChoice:
+    """Which implementation an operation uses on this device, and why."""
+
+    op: str
+    backend: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run will do. `request` has every default filled in; `size` is final, in pixels."""
+
+    config: EngineConfig
+    request: Request
+    device: Device
+    dtype: str
+    checkpoint: Checkpoint | None
+    latent_shape: tuple[int, int, int, int]
+    tokens: int
+    steps: tuple[Step, ...]
+    memory: MemoryPlan
+    kernels: tuple[KernelChoice, ...]
+    flops: Mapping[str, float]
+    warnings: tuple[str, ...]
+
+    @property
+    def seconds_at_least(self) -> float | None:
+        """The device's roofline: no run is faster. None where the device's peak is not known."""
+        peak = self.device.peak_tflops
+        return sum(self.flops.values()) / (peak * 1e12) if peak else None
+
+    def to_dict(self) -> dict[str, Any]:
+        request, config = dataclasses.asdict(self.request), dataclasses.asdict(self.config)
+        return {
+            "task": self.config.task,
+            "checkpoint": str(self.checkpoint.path) if self.checkpoint else None,
+            "config": config,
+            "request": request,
+            "device": dataclasses.asdict(self.device),
+            "dtype": self.dtype,
+            "latent_shape": self.latent_shape,
+            "tokens": self.tokens,
+            "steps": [dataclasses.asdict(step) for step in self.steps],
+            "memory": {f.name: _plain(getattr(self.memory, f.name)) for f in dataclasses.fields(self.memory)},
+            "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels],
+            "flops": dict(self.flops),
+            "seconds_at_least": self.seconds_at_least,
+            "warnings": list(self.warnings),
+        }
+
+
+def plan(config: EngineConfig, request: Request) -> Plan:
+    """Everything known beforehand about making one video; allocates nothing and downloads nothing.
+
+    Raises:
+        WanFastError: the request cannot be carried out, with what is wrong and what to do.
+    """
+    spec = config.spec
+    device = describe(config.device)
+    dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
+    kernels = kernel_plan(config.attention, device, dtype)
+    path = checkpoints.locate(config.checkpoint, spec, download=False)
+    opened = checkpoints.open_checkpoint(path) if path else None
+    if opened:
+        checkpoints.check(opened, spec)
+    request = resolve(spec, request, Request(**opened.defaults) if opened and opened.defaults else None)
+    warnings = []
+    if request.image is not None:
+        request = replace(request, size=best_size(request.size, image_size(Path(request.image)), spec.vae_spec.grid))
+    elif request.size not in (*spec.sizes, opened.defaults.get("size") if opened else None):
+        known = " ".join(f"{w}*{h}" for w, h in spec.sizes)
+        warnings.append(f"{spec.name} was not trained for {request.size[0]}*{request.size[1]}; it was for {known}")
+    latent_shape = spec.vae_spec.latent_shape(request.size, request.num_frames)
+    if request.noise is not None:
+        _check_noise(Path(request.noise), latent_shape)
+    tokens = prod(latent_shape[1:]) // prod(PATCH)
+    steps = step_plan(spec, request.solver, request.num_steps, request.shift, request.guidance_scale)
+    models = _Models.of(spec, opened)
+    memory = _memory_plan(config, models, device, dtype, latent_shape, request)
+    return Plan(
+        config=config,
+        request=request,
+        device=device,
+        dtype=dtype,
+        checkpoint=opened,
+        latent_shape=latent_shape,
+        tokens=tokens,
+        steps=steps,
+        memory=memory,
+        kernels=kernels,
+        flops=_flops(models, steps, latent_shape, tokens, request),
+        warnings=tuple(warnings),
+    )
+
+
+def best_size(area_size: tuple[int, int], image: tuple[int, int], grid: int) -> tuple[int, int]:
+    """(width, height) on the grid, within the area of `area_size`, closest to the shape of a picture.
+
+    Of the two candidates (width floored first, or height) the one whose aspect ratio is closer wins; the second on a tie.
+    """
+    area, ratio = area_size[0] * area_size[1], image[0] / image[1]
+    width = sqrt(area * ratio)
+    height = area / width
+    candidates = []
+    for side, flip in ((width, False), (height, True)):
+        first = floor(side / grid) * grid
+        second = floor(area / first / grid) * grid if first else 0
+        candidates.append((second, first) if flip else (first, second))
+    fitting = [c for c in candidates if min(c) >= grid]
+    if not fitting:
+        raise WanFastError(
+            f"an area of {area_size[0]}*{area_size[1]} is too small for a picture of {image[0]}*{image[1]} on the {grid}-pixel "
+            "grid; give a larger --size"
+        )
+    error = [max(ratio / (w / h), (w / h) / ratio) for w, h in fitting]
+    return fitting[0] if error[0] < error[-1] else fitting[-1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Models:
+    """Sizes of the models at hand; those of the released ones where nothing is on disk yet."""
+
+    experts: Mapping[str, manifest.DiTDims]
+    text: manifest.Shapes
+    vae: manifest.VaeDims
+
+    @classmethod
+    def of(cls, spec: TaskSpec, opened: Checkpoint | None) -> _Models:
+        if opened is None:
+            dims = manifest.DiTDims.of_task(spec)
+            text = manifest.text_shapes(256384, 4096, 4096, 10240, 64, 24)
+            return cls(experts=dict.fromkeys(spec.experts, dims), text=text, vae=manifest.VaeDims.of_spec(spec.vae_spec))
+        assert opened.text_encoder and opened.vae  # checked
+        experts = {name: manifest.DiTDims.of_shapes(part.shapes, part.config) for name, part in opened.experts.items()}
+        return cls(
+            experts=experts, text=opened.text_encoder.shapes, vae=manifest.VaeDims.of_shapes(opened.vae.shapes)
+        )
+
+
+def _memory_plan(
+    config: EngineConfig,
+    models: _Models,
+    device: Device,
+    dtype: str,
+    latent_shape: tuple[int, int, int, int],
+    request: Request,
+) -> MemoryPlan:
+    """Weights and working memory by stage; offloads, and shortens decode chunks, only where the budget asks for it."""
+    size = 2 if dtype == "bf16" else 4
+    weights = {"text encoder": size * manifest.num_parameters(models.text)}
+    for name, dims in models.experts.items():
+        label = "DiT" if name == "model" else f"DiT {name}"
+        shapes = manifest.dit_shapes(dims).items()
+        weights[label] = sum(prod(s) * (4 if manifest.stays_fp32(n) else size) for n, s in shapes)
+    weights["VAE"] = 4 * manifest.num_parameters(manifest.vae_shapes(models.vae))
+    if config.t5_cpu and device.type != "cpu":
+        weights["text encoder"] = 0
+    budget = config.vram if config.vram is not None else device.free
+    stages = {
+        "text": ["text encoder"],
+        "denoise": [label for label in weights if label.startswith("DiT")],
+        "decode": ["VAE"],
+    }
+
+    def peaks(offload: bool, chunk: int) -> tuple[dict[str, int], dict[str, int]]:
+        working = {
+            "text": _text_bytes(models.text, size),
+            "denoise": _denoise_bytes(models.experts, latent_shape, size),
+            "decode": _decode_bytes(models.vae, latent_shape, chunk),
+        }
+        if request.image is not None:
+            working["text"] += _decode_bytes(models.vae, (latent_shape[0], 1, *latent_shape[2:]), 1)
+        peak = {}
+        for stage, at_work in stages.items():
+            # offload keeps one model on the device at a time: of two experts the larger counts
+            if offload:
+                resident = max(weights[label] for label in at_work)
+                resident += weights["VAE"] if stage == "text" and request.image is not None else 0
+            else:
+                resident = sum(weights.values())
+            peak[stage] = resident + working[stage]
+        return working, peak
+
+    asked = config.offload_model if device.type != "cpu" else False
+    attempts = [(bool(asked), 1)] if asked is not None else [(False, 1), (True, 1)]
+    for offload, chunk in attempts:
+        working, peak = peaks(offload, chunk)
+        if max(peak.values()) <= budget:
+            break
+    else:
+        worst = max(peak, key=lambda stage: peak[stage])
+        raise WanFastError(
+            f"out of memory by plan: stage {worst} needs {_gib(peak[worst])} on {device.name} "
+            f"({_gib(peak[worst] - working[worst])} weights, {_gib(working[worst])} working), the budget is {_gib(budget)}; "
+            + _advice(config, device, dtype)
+        )
+    return MemoryPlan(budget=budget, offload=offload, weights=weights, working=working, peak=peak, decode_chunk=chunk)
+
+
+def _advice(config: EngineConfig, device: Device, dtype: str) -> str:
+    ways = []
+    if device.type != "cpu" and config.offload_model is False:
+        ways.append("leave out --offload_model False")
+    if device.type != "cpu" and not config.t5_cpu:
+        ways.append("add --t5_cpu")
+    if dtype == "fp32":
+        ways.append("add --dtype bf16")
+    return ", ".join(["take a smaller --size or --frame_num", *ways, "or raise --vram" if config.vram else "or free memory"])
+
+
+def _text_bytes(text: manifest.Shapes, size: int) -> int:
+    """Peak working bytes of encoding 512 tokens: scores of one layer in fp32, twice, and the feed-forward."""
+    heads = text["blocks.0.pos_embedding.embedding.weight"][1]
+    ffn_dim, dim = text["blocks.0.ffn.fc1.weight"]
+    return 512 * (3 * 4 * heads * 512 + size * 4 * ffn_dim + 4 * 4 * dim)
+
+
+def _denoise_bytes(experts: Mapping[str, manifest.DiTDims], latent_shape: tuple[int, ...], size: int) -> int:
+    """Peak working bytes of a step: the residual stream, the larger of attention and feed-forward, text keys and values."""
+    L = prod(latent_shape[1:]) // prod(PATCH)
+    largest = 0
+    for dims in experts.values():
+        D, F, S = dims.dim, dims.ffn_dim, dims.text_len
+        # q and k pass through fp32 on their way to the compute dtype; GELU holds its input and its output
+        attention = L * D * (3 * size + 3 * 4)
+        feed_forward = L * (D * size + 2 * F * size)
+        text = 2 * len(experts) * dims.num_layers * 2 * S * D * size
+        largest = max(largest, L * D * 4 + max(attention, feed_forward) + L * dims.head_dim * 4 + text)
+    # latents, two velocities, three remembered predictions and the solver's temporaries
+    return largest + 10 * 4 * prod(latent_shape)
+
+
+def _decode_bytes(dims: manifest.VaeDims, latent_shape: tuple[int, ...], chunk: int) -> int:
+    """Peak working bytes of decoding `chunk` latent frames at a time: two frames of history per convolution, and the
+    widest level's live tensors."""
+    _, T, h, w = latent_shape
+    frames = 4 * min(chunk, max(1, T - 1)) if T > 1 else 1
+    history = 0
+    for name, shape in manifest.vae_shapes(dims).items():
+        if name.startswith("decoder") and len(shape) == 5 and shape[2] == 3:
+            level = manifest.decoder_level(name, dims)
+            history += 2 * shape[1] * h * w * 4**level * 4
+    live = 4 * frames * 2 * dims.decoder_dim * h * w * 4**3
+    return history + 4 * live
+
+
+def _check_noise(file: Path, latent_shape: tuple[int, ...]) -> None:
+    header = read_safetensors_header(file)
+    if "noise" not in header:
+        raise WanFastError(f"--noise {str(file)!r} has no tensor 'noise', it has: {', '.join(sorted(header)[:4]) or 'none'}")
+    dtype, shape = header["noise"]
+    if shape != latent_shape or dtype not in ("F32", "BF16", "F16"):
+        raise WanFastError(
+            f"--noise {str(file)!r} holds {dtype.lower()} {list(shape)}, this size and length need f32 {list(latent_shape)}; "
+            "change --size or --frame_num, or the file"
+        )
+
+
+def kernel_plan(attention: str, device: Device, dtype: str) -> tuple[KernelChoice, ...]:
+    """The backend of every operation; `attention` is the one asked for, or "auto"."""
+    if device.type == "cpu":
+        frames = KernelChoice(op="frames_to_uint8", backend="reference", why="the device is a CPU")
+    else:
+        from wan_fast.kernels import backend
+
+        frames = KernelChoice(op="frames_to_uint8", backend=backend(device.name, "frames_to_uint8"), why="built for this GPU")
+    return (
+        _attention(attention, device, dtype),
+        KernelChoice(op="linear", backend=f"torch {dtype}", why="the only one in this version"),
+        KernelChoice(op="causal_conv3d", backend="torch fp32", why="the only one in this version"),
+        frames,
+    )
+
+
+_ATTENTION_PACKAGES = {"flash": ("flash_attn", "flash-attn"), "xformers": ("xformers", "xformers")}
+
+
+def _attention(name: str, device: Device, dtype: str) -> KernelChoice:
+    if name == "auto":
+        return KernelChoice(op="attention", backend="sdpa", why="auto: PyTorch's own, on every device")
+    if name != "sdpa":
+        module, package = _ATTENTION_PACKAGES[name]
+        if device.type == "cpu":
+            raise WanFastError(f"--attention {name} needs a GPU, the device is {device.name}; take --attention auto")
+        if name == "flash" and dtype != "bf16":
+            raise WanFastError(f"--attention flash computes in bf16, --dtype is {dtype}; take --dtype bf16")
+        if find_spec(module) is None:
+            raise WanFastError(f"--attention {name} needs the package {package}; pip install {package}")
+    return KernelChoice(op="attention", backend=name, why="asked for")
+
+
+def _flops(
+    models: _Models, steps: tuple[Step, ...], latent_shape: tuple[int, ...], tokens: int, request: Request
+) -> dict[str, float]:
+    forwards = sum((step.conditional == "run") + (step.unconditional == "run") for step in steps)
+    dims = next(iter(models.experts.values()))
+    used = len({step.expert for step in steps})
+    _, T, h, w = latent_shape
+    flops = {
+        "text": 2 * manifest.text_flops(models.text, 512) + 2 * used * manifest.dit_text_flops(dims),
+        "denoise": forwards * manifest.dit_flops(dims, tokens),
+        "decode": manifest.vae_flops(models.vae, "decoder", T, h, w),
+    }
+    if request.image is not None:
+        flops["encode"] = manifest.vae_flops(models.vae, "encoder", 1, h, w)
+    return flops
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value

@@ -1,0 +1,127 @@
+"""The step plan: sigma grids, solver coefficients and one `Step` row per denoising step. Standard library only.
+
+Flow matching: x = (1 - sigma) x0 + sigma noise, and the model predicts v = noise - x0, so x0 = x - sigma v (arXiv
+2210.02747). Every solver here is linear in what it has seen, so a step is a row of numbers known before the loop:
+
+    x0          = x - sigma v
+    x           = corrector . (previous x, x0, x0 one step back, x0 two steps back)      UniPC only
+    next x      = predictor . (x, x0, x0 one step back)
+
+UniPC: arXiv 2302.04867 (B2, order 2, data prediction). DPM-Solver++ 2M: arXiv 2211.01095.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import expm1, inf, log
+
+from wan_fast.tasks import NUM_TRAIN_TIMESTEPS, TaskSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One denoising step. `timestep` is what the model sees, `sigma` and `next_sigma` what the solver uses."""
+
+    index: int
+    total: int
+    timestep: float
+    sigma: float
+    next_sigma: float
+    expert: str
+    guidance_scale: float
+    conditional: str = "run"
+    unconditional: str = "run"
+    corrector: tuple[float, float, float, float] | None
+    predictor: tuple[float, float, float]
+
+    @property
+    def kind(self) -> tuple[str, str, str]:
+        """What is computed: steps of one kind run the same kernels."""
+        return self.expert, self.conditional, self.unconditional
+
+
+def sigma_grid(solver: str, num_steps: int, shift: float) -> tuple[float, ...]:
+    """The official noise levels: `num_steps` of them, then 0. UniPC starts at 0.999, the others at 1."""
+    first = _fp32(1 - 1 / NUM_TRAIN_TIMESTEPS) if solver == "unipc" else 1.0
+    linear = [first + i * (-first / num_steps) for i in range(num_steps)]
+    return (*(shift * s / (1 + (shift - 1) * s) for s in linear), 0.0)
+
+
+def solver_rows(
+    solver: str, sigmas: Sequence[float]
+) -> list[tuple[tuple[float, float, float, float] | None, tuple[float, float, float]]]:
+    """(corrector, predictor) of each step over any grid of decreasing sigmas that ends in 0."""
+    sigmas = [_fp32(s) for s in sigmas]
+    steps = len(sigmas) - 1
+    lam = [_half_log_snr(s) for s in sigmas]
+    rows = []
+    for i in range(steps):
+        corrector = _unipc_corrector(sigmas, lam, i) if solver == "unipc" and i > 0 else None
+        order = 1 if solver == "euler" else min(2, steps - i, i + 1)
+        rows.append((corrector, _predictor(sigmas, lam, i, order)))
+    return rows
+
+
+def step_plan(spec: TaskSpec, solver: str, num_steps: int, shift: float, guidance: tuple[float, float]) -> tuple[Step, ...]:
+    """The table the sampler executes; `guidance` is (low-noise, high-noise)."""
+    sigmas = sigma_grid(solver, num_steps, shift)
+    steps = []
+    for i, (corrector, predictor) in enumerate(solver_rows(solver, sigmas)):
+        # the model was trained on whole timesteps: truncated, not rounded; the solver keeps the exact sigma
+        timestep = float(int(sigmas[i] * NUM_TRAIN_TIMESTEPS))
+        high = spec.boundary is not None and timestep >= spec.boundary * NUM_TRAIN_TIMESTEPS
+        steps.append(
+            Step(
+                index=i,
+                total=num_steps,
+                timestep=timestep,
+                sigma=_fp32(sigmas[i]),
+                next_sigma=_fp32(sigmas[i + 1]),
+                expert="model" if spec.boundary is None else "high_noise" if high else "low_noise",
+                guidance_scale=guidance[1] if high else guidance[0],
+                corrector=corrector,
+                predictor=predictor,
+            )
+        )
+    return tuple(steps)
+
+
+def _predictor(sigmas: Sequence[float], lam: Sequence[float], i: int, order: int) -> tuple[float, float, float]:
+    """From sigma i to sigma i + 1. Order 1 is Euler's step and DDIM's; order 2 adds the slope between two x0."""
+    ratio = sigmas[i + 1] / sigmas[i]
+    if order == 1 or lam[i - 1] == -inf:  # a start from pure noise has no slope yet
+        return ratio, 1 - ratio, 0.0
+    h, h_previous = lam[i + 1] - lam[i], lam[i] - lam[i - 1]
+    slope = -(1 - sigmas[i + 1]) * expm1(-h) * 0.5 * h / h_previous
+    return ratio, 1 - ratio + slope, -slope
+
+
+def _unipc_corrector(sigmas: Sequence[float], lam: Sequence[float], i: int) -> tuple[float, float, float, float]:
+    """Redo the step that led to sigma i, now that the model has been seen there, at the order it was taken with."""
+    order = min(2, i)  # of step i - 1: its distance from the end is never the smaller bound
+    alpha, ratio = 1 - sigmas[i], sigmas[i] / sigmas[i - 1]
+    hh = -(lam[i] - lam[i - 1])
+    b = expm1(hh)
+    base = -alpha * b
+    if order == 1:
+        return ratio, base * 0.5, base * 0.5, 0.0
+    r = (lam[i - 2] - lam[i - 1]) / -hh
+    phi1 = b / hh - 1
+    phi2 = phi1 / hh - 0.5
+    b1, b2 = phi1 / b, 2 * phi2 / b
+    # [[1, 1], [r, 1]] . rho = (b1, b2)
+    rho1 = (b2 - b1) / (r - 1)
+    rho2 = b1 - rho1
+    return ratio, base * rho2, base * (1 - rho1 / r - rho2), base * rho1 / r
+
+
+def _half_log_snr(sigma: float) -> float:
+    if sigma <= 0:
+        return inf
+    return -inf if sigma >= 1 else log(1 - sigma) - log(sigma)
+
+
+def _fp32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]

@@ -1,0 +1,110 @@
+"""Pictures in, clips out: PIL for images, PyAV for video. A file appears under its name only when it is whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wan_fast.config import WanFastError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+VIDEO_SUFFIXES = (".mp4", ".webm", ".gif")
+IMAGE_SUFFIXES = (".png", ".jpg")
+
+
+def check_output(path: Path, num_frames: int, image_only: bool) -> None:
+    """Raise unless a clip of `num_frames` can be written to `path`.
+
+    Raises:
+        WanFastError: the suffix does not suit, or the folder cannot be written to.
+    """
+    allowed = IMAGE_SUFFIXES if image_only else VIDEO_SUFFIXES + (IMAGE_SUFFIXES if num_frames == 1 else ())
+    if path.suffix.lower() not in allowed:
+        what = "one picture" if image_only else f"{num_frames} frame{'s' * (num_frames != 1)}"
+        raise WanFastError(
+            f"--save_file {str(path)!r} ends in {path.suffix or 'nothing'!r}; for {what} it must be one of {' '.join(allowed)}"
+        )
+    check_folder(path, "--save_file")
+
+
+def check_folder(path: Path, flag: str) -> None:
+    """Raise unless a file can be made at `path`."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise WanFastError(f"{flag} {str(path)!r}: the folder {str(folder)!r} does not exist; create it first")
+    if path.is_dir():
+        raise WanFastError(f"{flag} {str(path)!r} is a folder; give a file name")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise WanFastError(f"{flag} {str(path)!r}: the folder {str(folder)!r} is not writable; choose another")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A scratch name beside `path`, renamed to it when the block ends well and removed when it does not."""
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_image(path: Path) -> Image.Image:
+    """The picture in a file, as RGB.
+
+    Raises:
+        WanFastError: the file is no picture, or only part of one.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise WanFastError(f"picture {str(path)!r} cannot be read ({error}); give a whole PNG, JPEG or WebP") from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(width, height) in pixels of a picture that can be read whole."""
+    return read_image(path).size
+
+
+def write(frames: Tensor, path: Path, fps: float) -> None:
+    """Write frames [F, H, W, 3] uint8 as H.264, VP9, GIF, PNG or JPEG, by the suffix of `path`."""
+    suffix = path.suffix.lower()
+    with whole(path) as scratch:
+        if suffix in IMAGE_SUFFIXES or suffix == ".gif":
+            _write_images(frames, scratch, fps)
+        else:
+            _write_video(frames, scratch, fps, "libx264" if suffix == ".mp4" else "libvpx-vp9")
+
+
+def _write_images(frames: Tensor, path: Path, fps: float) -> None:
+    from PIL import Image
+
+    first, *rest = (Image.fromarray(frame.numpy()) for frame in frames)
+    if path.suffix.lower() == ".gif":
+        first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+    else:
+        first.save(path, quality=95)
+
+
+def _write_video(frames: Tensor, path: Path, fps: float, codec: str) -> None:
+    import av
+
+    _, height, width, _ = frames.shape
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        # the quality the official writer asks for
+        stream.options = {"crf": "10"} if codec == "libx264" else {"crf": "20", "b:v": "0"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+        container.mux(stream.encode())
