@@ -88,11 +88,18 @@ class BuildExtension(build_ext):
                 raise CompileError("WAN_FAST_CUDA=0")
             cmake_build(output.parent, work)
         except CompileError as error:
-            # an old build must not pass for this one
-            output.unlink(missing_ok=True)
+            self.remove_old_builds(output)
             if REQUEST == "1":
                 raise SystemExit(f"wan-fast: WAN_FAST_CUDA=1, but wan_fast._cuda cannot be built: {error}") from error
-            print(f"wan-fast: installed without wan_fast._cuda, Triton kernels are used: {error}", file=sys.stderr)
+            summary, _, details = str(error).partition("\n")
+            print(details, file=sys.stderr)
+            print(f"wan-fast: installed without wan_fast._cuda, Triton kernels are used: {summary}", file=sys.stderr)
+
+    def remove_old_builds(self, output: Path) -> None:
+        """Delete what an earlier build left, lest it pass for this one."""
+        output.unlink(missing_ok=True)
+        if getattr(self, "editable_mode", False):
+            (ROOT / "wan_fast" / output.name).unlink(missing_ok=True)
 
 
 setup(

@@ -122,8 +122,8 @@ def shifted(shift, sigma):
 def diffusers_unipc(steps, shift):
     """linspace(1, 0.001, steps + 1) without its end, shifted, the first just below 1; whole timesteps."""
     sigmas = [shifted(shift, 1 + i * (1 / 1000 - 1) / steps) for i in range(steps)]
-    timesteps = [float(int(s * 1000)) for s in sigmas]
-    return [sigmas[0] - 1e-6, *sigmas[1:], 0.0], timesteps
+    sigmas[0] -= 1e-6
+    return [*sigmas, 0.0], [float(int(s * 1000)) for s in sigmas]
 
 
 def diffusers_euler(steps, shift):

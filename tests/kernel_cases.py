@@ -46,15 +46,24 @@ def _frames(F: int, H: int, W: int, margin: int = 0) -> Callable[[torch.dtype], 
     return build
 
 
+def _frame_first(frames: Tensor) -> Tensor:
+    """[3, F, H, W], the same values, stored as [F, 3, H, W]."""
+    return frames.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def _both(frames: Callable[[torch.dtype], Tensor], rounding: bool) -> Inputs:
+    return lambda dtype: (frames(dtype), rounding)
+
+
 def _frames_to_uint8_cases() -> list[Case]:
     sizes = [(1, 1, 1, 0), (1, 5, 7, 0), (3, 16, 32, 0), (5, 11, 13, 0), (2, 24, 31, 2), (2, 16, 32, 1), (1, 90, 64, 1)]
     cases = []
     for (F, H, W, margin), rounding in itertools.product(sizes, (False, True)):
         name = f"F{F}-H{H}-W{W}-margin{margin}-{'round' if rounding else 'truncate'}"
-        frames = _frames(F, H, W, margin)
-        cases.append(Case("frames_to_uint8", name, lambda dtype, f=frames, r=rounding: (f(dtype), r)))
-    transposed = _frames(2, 9, 12)
-    cases.append(Case("frames_to_uint8", "columns-first", lambda dtype: (transposed(dtype).transpose(2, 3), True)))
+        cases.append(Case("frames_to_uint8", name, _both(_frames(F, H, W, margin), rounding)))
+    frames = _frames(2, 9, 12)
+    cases.append(Case("frames_to_uint8", "columns-first", lambda dtype: (frames(dtype).mT, True)))
+    cases.append(Case("frames_to_uint8", "frame-first", lambda dtype: (_frame_first(frames(dtype)), True)))
     return cases
 
 
@@ -65,6 +74,6 @@ def _meta(*shape: int) -> Callable[[torch.dtype], Tensor]:
 CASES = _frames_to_uint8_cases()
 
 REAL_CASES = [
-    RealCase("frames_to_uint8", "480p-81", lambda dtype: (_meta(3, 81, 480, 832)(dtype), False), registers=40),
-    RealCase("frames_to_uint8", "720p-121", lambda dtype: (_meta(3, 121, 704, 1280)(dtype), True), registers=40),
+    RealCase("frames_to_uint8", "480p-81", _both(_meta(3, 81, 480, 832), False), registers=40),
+    RealCase("frames_to_uint8", "720p-121", _both(_meta(3, 121, 704, 1280), True), registers=40),
 ]

@@ -26,7 +26,7 @@ def recipe_tensor(shape: Sequence[int], key: int, scale: float = 3**0.5) -> Tens
 
 @torch.no_grad()
 def recipe_weights(module: nn.Module) -> nn.Module:
-    """Fill a module in place; the key of a tensor is its place among the sorted state-dict names. Returns the module."""
+    """Fill a module in place; a tensor's key is its place among the sorted state-dict names. Returns the module."""
     for key, (name, tensor) in enumerate(sorted(module.state_dict().items())):
         if name.endswith(".kernel"):
             continue

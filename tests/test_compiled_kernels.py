@@ -44,4 +44,5 @@ def test_kernels_compile_within_budget(capability: int, rows: list[dict[str, Any
         spills = {name for name in ("LDL", "STL") if name in row["sass"]}
         assert row["stack"] == row["local"] == 0 and not spills, f"{where} spills: {row}"
         if row["kernel"] == "_frames_to_uint8_kernel":
-            assert "FFMA" not in row["sass"], f"{where}: a fused multiply-add changes the bytes"
+            # sm_100 has a packed form, FFMA2
+            assert not row["sass"].keys() & {"FFMA", "FFMA2"}, f"{where}: a fused multiply-add changes the bytes"

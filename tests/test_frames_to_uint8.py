@@ -28,6 +28,7 @@ def in_one_expression(frames: Tensor, rounding: bool) -> Tensor:
 def test_reference_is_the_formula(case: Case, dtype: torch.dtype) -> None:
     frames, rounding = case.inputs(dtype)
     pixels = frames_to_uint8(frames, rounding=rounding)
+    assert pixels.dtype == torch.uint8
     assert pixels.is_contiguous()
     assert torch.equal(pixels, in_one_expression(frames, rounding))
 

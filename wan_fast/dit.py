@@ -75,13 +75,18 @@ class WanDiT(nn.Module):
         Args:
             text: B tensors [S_i, text_dim], unpadded; the model was trained on zeros up to `text_len`, and attends to them.
             grid: (T, H/2, W/2) patches of the clip.
+
+        Raises:
+            ValueError: a text is longer than the model takes.
         """
+        if max(t.shape[0] for t in text) > self.dims.text_len:
+            raise ValueError(f"the model takes {self.dims.text_len} text tokens, got {[t.shape[0] for t in text]}")
         dtype = self.text_embedding[0].weight.dtype
         padded = torch.stack([F.pad(t, (0, 0, 0, self.dims.text_len - t.shape[0])) for t in text])
         text_tokens = self.text_embedding(padded.to(dtype))  # [B, S, D]
         return Context(
             keys_values=tuple(block.cross_attn.project(text_tokens) for block in self.blocks),
-            rotation=rotation_table(grid, self.dims.head_dim).to(padded.device),
+            rotation=rotation_table(grid, self.dims.head_dim, padded.device),
         )
 
     def embed(self, latents: Tensor) -> Tensor:
@@ -209,7 +214,7 @@ def sinusoid(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
-def rotation_table(grid: Grid, head_dim: int) -> Tensor:
+def rotation_table(grid: Grid, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
     """3-D RoPE (arXiv 2104.09864): [L, K/2] complex64, unit vectors exp(i position frequency).
 
     Each axis has its own ladder of frequencies: with K = 128, 22 pairs for time, 21 for height, 21 for width.
@@ -217,8 +222,8 @@ def rotation_table(grid: Grid, head_dim: int) -> Tensor:
     axis = 2 * (head_dim // 6)
     angles = []
     for size, width in zip(grid, (head_dim - 2 * axis, axis, axis), strict=True):
-        frequency = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
-        angles.append(torch.outer(torch.arange(size, dtype=torch.float64), frequency))
+        frequency = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+        angles.append(torch.outer(torch.arange(size, dtype=torch.float64, device=device), frequency))
     T, H, W = grid
     t, h, w = angles
     angle = torch.cat(

@@ -6,6 +6,7 @@ import json
 import pickle
 import struct
 import zipfile
+from collections import OrderedDict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ class _HeaderUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, shape, *rest: (storage, tuple(shape))
         if (module, name) == ("torch._utils", "_rebuild_parameter"):

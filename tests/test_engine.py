@@ -1,0 +1,231 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from models import random_vae, relative_error, write_native
+from safetensors.torch import save_file
+
+import wan_fast
+from wan_fast import Engine, EngineConfig, Request, WanFastError
+from wan_fast.checkpoint import locate
+from wan_fast.steps import sigma_grid
+from wan_fast.tasks import TASKS
+
+PROMPT = "A red ball &amp; its shadow  bounce"
+TINY = EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", dtype="fp32")
+SMALL = Request(prompt=PROMPT, size=(64, 96), num_frames=9, num_steps=3, seed=3)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(TINY)
+
+
+def generate(engine, request):
+    """(video, frames before rounding)."""
+    chunks = []
+    video = engine.generate(request, on_frames=chunks.append)
+    return video, torch.cat(chunks, dim=1)
+
+
+def test_what_comes_out(engine, tmp_path):
+    steps, stages = [], []
+    video = engine.generate(SMALL, on_step=steps.append, on_progress=lambda *report: stages.append(report))
+    assert video.frames.shape == (9, 96, 64, 3) and video.frames.dtype == torch.uint8
+    assert video.latents.shape == (48, 3, 6, 4) and video.latents.dtype == torch.float32
+    assert [(s.index, s.total) for s in steps] == [(0, 3), (1, 3), (2, 3)]
+    assert ("denoise", 3, 3) in stages and ("decode", 9, 9) in stages
+    assert set(video.stats["seconds"]) == {"load", "prepare", "denoise", "decode"} and video.stats["peak_bytes"] > 0
+    json.dumps(video.stats, default=str)
+    assert video.save(tmp_path / "x.mp4").stat().st_size > 0
+    with pytest.raises(WanFastError, match="x.png"):
+        video.save(tmp_path / "x.png")
+
+
+def test_the_seed_decides(engine):
+    one, two, other = (engine.generate(replace(SMALL, seed=seed)).latents for seed in (3, 3, 4))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_the_seed_is_drawn_as_officially(engine, tmp_path):
+    """Without a batch dimension, fp32, from a generator of the device."""
+    noise = torch.randn(48, 3, 6, 4, generator=torch.Generator().manual_seed(3))
+    save_file({"noise": noise}, tmp_path / "noise.safetensors")
+    from_file = engine.generate(replace(SMALL, seed=None, noise=str(tmp_path / "noise.safetensors")))
+    assert torch.equal(from_file.latents, engine.generate(SMALL).latents)
+
+
+def test_frames_are_the_truncated_pixels(engine):
+    video, frames = generate(engine, SMALL)
+    assert frames.shape == (3, 9, 96, 64) and frames.abs().max() <= 1
+    assert torch.equal(video.frames, ((frames + 1) / 2 * 255).to(torch.uint8).permute(1, 2, 3, 0))
+
+
+def test_bf16_stays_near_fp32(engine):
+    exact = engine.generate(SMALL).latents
+    rounded = Engine(replace(TINY, dtype="bf16")).generate(SMALL).latents
+    assert 1e-4 < relative_error(rounded, exact) < 0.1
+
+
+def test_convert_model_dtype_rounds_every_weight_of_the_dit(tmp_path):
+    config = EngineConfig(task="t2v-1.3B", checkpoint=str(write_native(tmp_path, "t2v-1.3B")), device="cpu")
+    plain, rounded = Engine(config), Engine(replace(config, convert_model_dtype=True))
+    for (name, a), b in zip(plain.models["model"].named_parameters(), rounded.models["model"].parameters(), strict=True):
+        assert a.dtype == b.dtype == torch.float32 and torch.equal(a.bfloat16().float(), b), name
+    assert torch.equal(plain.models["vae"].conv1.weight, rounded.models["vae"].conv1.weight)
+
+
+def test_offload_keeps_one_model_on_the_device(tmp_path, monkeypatch):
+    """Moves are recorded where they would happen; the picture stays the same."""
+    config = EngineConfig(task="t2v-A14B", checkpoint=str(write_native(tmp_path, "t2v-A14B")), device="cpu")
+    request = Request(prompt="a cat", size=(32, 48), num_frames=5, num_steps=4, seed=0)
+    engine = Engine(config)
+    expected = engine.generate(request).latents
+    names = {id(model): name for name, model in engine.models.items()}
+    on_device, trace = set(), []
+
+    def to(self, place):
+        if id(self) in names:
+            (on_device.discard if str(place) == "cpu" else on_device.add)(names[id(self)])
+            trace.append(sorted(on_device))
+        return self
+
+    class Place(str):
+        type = "cpu"
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    engine.config = replace(engine.config, offload_model=True)
+    monkeypatch.setattr(engine, "device", torch.device("cpu:0"))  # another spelling of the same device, to tell moves apart
+    assert torch.equal(engine.generate(request).latents, expected)
+    assert max(map(len, trace)) == 1
+    assert [t for t in trace if t] == [["text"], ["high_noise"], ["low_noise"], ["vae"]] and not on_device
+
+
+# --- against diffusers ----------------------------------------------------------------------------------------------------
+
+
+def official_grid(scheduler_class, steps, shift, solver="unipc"):
+    """A diffusers scheduler that walks the official sigma grid."""
+    sigmas = sigma_grid(solver, steps, shift)
+
+    class Official(scheduler_class):
+        def set_timesteps(self, num_inference_steps, device=None, **_):
+            super().set_timesteps(num_inference_steps, device=device)
+            self.sigmas = torch.tensor(sigmas)
+            self.timesteps = torch.tensor([int(s * 1000) for s in sigmas[:-1]])
+
+    return Official(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+def run_diffusers(pipe, request, shift, **options):
+    pipe.set_progress_bar_config(disable=True)
+    width, height = request.size
+    frames = pipe(
+        prompt=request.prompt,
+        negative_prompt=request.negative_prompt or TASKS["ti2v-5B"].negative_prompt,
+        width=width,
+        height=height,
+        num_frames=request.num_frames,
+        num_inference_steps=request.num_steps,
+        output_type="pt",
+        **options,
+    ).frames[0]
+    return frames.float().transpose(0, 1) * 2 - 1
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_ti2v_equals_diffusers(engine, image, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    from PIL import Image
+
+    kind = diffusers.WanImageToVideoPipeline if image else diffusers.WanPipeline
+    pipe = kind.from_pretrained(locate("tiny", TASKS["ti2v-5B"]), torch_dtype=torch.float32)
+    pipe.scheduler = official_grid(diffusers.UniPCMultistepScheduler, 3, 5.0)
+    noise = torch.randn(48, 3, 6, 4, generator=torch.Generator().manual_seed(3))
+    options, request = {}, SMALL
+    if image:
+        picture = Image.effect_noise(SMALL.size, 60).convert("RGB")
+        picture.save(tmp_path / "x.png")
+        options["image"], request = picture, replace(SMALL, image=str(tmp_path / "x.png"))
+    expected = run_diffusers(pipe, request, 5.0, latents=noise[None], guidance_scale=5.0, **options)
+    _, frames = generate(engine, request)
+    assert relative_error(frames, expected) < 1e-4
+
+
+def test_two_experts_equal_diffusers(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    tiny = locate("tiny", TASKS["ti2v-5B"])
+    torch.manual_seed(5)
+    dit = dict(num_attention_heads=1, text_dim=64, ffn_dim=160, num_layers=2, cross_attn_norm=True)
+    base = diffusers.WanPipeline.from_pretrained(tiny, torch_dtype=torch.float32)
+    pipe = diffusers.WanPipeline(
+        tokenizer=base.tokenizer,
+        text_encoder=base.text_encoder,
+        vae=diffusers.AutoencoderKLWan(base_dim=8),
+        scheduler=official_grid(diffusers.UniPCMultistepScheduler, 6, 12.0),
+        transformer=diffusers.WanTransformer3DModel(**dit),
+        transformer_2=diffusers.WanTransformer3DModel(**dit),
+        boundary_ratio=0.875,
+    )
+    pipe.save_pretrained(tmp_path)
+    request = Request(prompt=PROMPT, negative_prompt="blurry", size=(48, 32), num_frames=5, num_steps=6, seed=3)
+    noise = torch.randn(16, 2, 4, 6, generator=torch.Generator().manual_seed(3))
+    expected = run_diffusers(pipe, request, 12.0, latents=noise[None], guidance_scale=4.0, guidance_scale_2=3.0)
+    engine = Engine(EngineConfig(task="t2v-A14B", checkpoint=str(tmp_path), device="cpu"))
+    _, frames = generate(engine, request)
+    assert {step.expert for step in engine.plan(request).steps} == {"high_noise", "low_noise"}
+    assert relative_error(frames, expected) < 1e-4
+
+
+def test_t2i_makes_one_rounded_picture(tmp_path):
+    engine = Engine(EngineConfig(task="t2i-14B", checkpoint=str(write_native(tmp_path, "t2i-14B")), device="cpu"))
+    video, frames = generate(engine, Request(prompt="a cat", size=(64, 48), num_steps=2, seed=0))
+    assert torch.equal(video.frames, ((frames + 1) / 2 * 255 + 0.5).to(torch.uint8).permute(1, 2, 3, 0))
+    assert video.save(tmp_path / "x.png").is_file()
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_is_told_with_the_plans_numbers(engine, error, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(wan_fast.engine, "denoise", refuse)
+    with pytest.raises(WanFastError, match=r"out of memory on cpu: the plan expected peaks of text [\d.]+ GiB"):
+        engine.generate(SMALL)
+
+
+def test_other_errors_stay_what_they_are(engine, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(wan_fast.engine, "denoise", refuse)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        engine.generate(SMALL)
+
+
+def test_real_exhaustion_of_the_host(tmp_path):
+    """The allocator really says no: the address space is capped below what the decode needs."""
+    code = f"""
+import resource, sys
+from wan_fast import cli, planning
+import torch, transformers.models.umt5.modeling_umt5, av
+torch.set_num_threads(1)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 700 * 2**20, resource.RLIM_INFINITY))
+sys.exit(cli.main("run --task ti2v-5B --ckpt_dir tiny --prompt x --size 2048x2048 --frame_num 5 --sample_steps 1 "
+    "--quiet --save_file {tmp_path}/x.mp4".split()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "out of memory on cpu: the plan expected peaks" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_random_vae_is_seeded():
+    assert torch.equal(random_vae("2.1").conv1.weight, random_vae("2.1").conv1.weight)

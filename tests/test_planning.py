@@ -1,0 +1,171 @@
+import json
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+from meter import peak_bytes
+from models import write_native
+from PIL import Image
+from safetensors.torch import save_file
+
+from wan_fast import planning
+from wan_fast.config import EngineConfig, Request, WanFastError
+from wan_fast.device import Device, describe
+from wan_fast.dit import WanDiT, grid_of
+from wan_fast.engine import Engine, build_vae
+from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
+from wan_fast.planning import plan
+from wan_fast.tasks import TASKS
+
+GIB = 2**30
+FIVE = EngineConfig(task="ti2v-5B", checkpoint="nobody/nothing-here")
+CAT = Request(prompt="a cat", seed=0)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """Pretend to have a GPU of so many GiB; the plan must need no more of it than its description."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("wan_fast.kernels.backend", lambda *args: "triton")
+
+    def pretend(gib, model="NVIDIA H100 80GB HBM3"):
+        device = Device(name="cuda:0", model=model, memory=gib * GIB, free=gib * GIB, capability=(9, 0))
+        monkeypatch.setattr(planning, "describe", lambda name: device)
+
+    return pretend
+
+
+def test_the_released_model_on_a_large_gpu(gpu):
+    gpu(80)
+    todo = plan(FIVE, CAT)
+    assert todo.dtype == "bf16" and not todo.memory.offload and todo.checkpoint is None
+    assert todo.tokens == 27280 and todo.latent_shape == (48, 31, 44, 80)
+    assert todo.memory.weights["text encoder"] == 2 * 5_680_910_336
+    assert todo.memory.weights["VAE"] == 4 * 704_688_668
+    assert sum(todo.flops.values()) == pytest.approx(53.7e15, rel=0.01)  # 51.7 of denoising, 2.0 of decoding
+    assert todo.seconds_at_least == pytest.approx(54.3, abs=0.3)
+    json.dumps(todo.to_dict(), default=str)
+
+
+def test_offload_only_where_it_must(gpu):
+    gpu(24)
+    todo = plan(FIVE, CAT)
+    assert todo.memory.offload and max(todo.memory.peak.values()) <= 24 * GIB
+    gpu(80)
+    assert plan(replace(FIVE, vram=24 * GIB), CAT).memory.offload
+    assert not plan(replace(FIVE, offload_model=False), CAT).memory.offload
+    assert plan(replace(FIVE, offload_model=True), CAT).memory.offload
+
+
+def test_refuses_with_numbers_and_ways_out(gpu):
+    gpu(8)
+    with pytest.raises(WanFastError, match=r"stage text needs [\d.]+ GiB .* budget is 8.00 GiB; .*--t5_cpu"):
+        plan(FIVE, CAT)
+    gpu(16)
+    with pytest.raises(WanFastError, match="leave out --offload_model False"):
+        plan(replace(FIVE, offload_model=False), CAT)
+
+
+def test_weights_are_those_that_get_loaded(tmp_path):
+    for task, dtype in (("ti2v-5B", "fp32"), ("t2v-A14B", "bf16")):
+        folder = tmp_path / task
+        folder.mkdir()
+        config = EngineConfig(task=task, checkpoint=str(write_native(folder, task)), device="cpu", dtype=dtype)
+        engine = Engine(config)
+        request = Request(prompt="a", size=(64, 64), num_frames=5)
+        labels = {"text": "text encoder", "vae": "VAE", "model": "DiT", "high_noise": "DiT high_noise", "low_noise": "DiT low_noise"}
+        loaded = {labels[n]: sum(p.nbytes for p in m.parameters()) for n, m in engine.models.items()}
+        assert dict(plan(config, request).memory.weights) == loaded
+
+
+@pytest.mark.parametrize("task", ["t2v-1.3B", "ti2v-5B", "t2v-14B"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_denoising_memory_is_what_the_model_takes(task, dtype):
+    """Run on meta at the real size: the prediction is at most a tenth above what is alive at once, and never below."""
+    spec = TASKS[task]
+    shape = spec.vae_spec.latent_shape(spec.default_size, spec.num_frames)
+    dims = replace(DiTDims.of_task(spec), num_layers=2)
+    with torch.device("meta"):
+        model = WanDiT(dims).requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if stays_fp32(name) else dtype)
+        x = torch.empty(1, *shape)
+
+        def step():
+            contexts = [model.prepare([torch.empty(20, dims.text_dim)], grid_of(x.shape)) for _ in range(2)]
+            model(x, torch.empty(1, 1), contexts[0])
+
+        measured = peak_bytes(step)
+    size = 2 if dtype == torch.bfloat16 else 4
+    assert measured <= planning._denoise_bytes({"model": dims}, shape, size) <= 1.2 * measured
+
+
+@pytest.mark.parametrize(("version", "latents"), [("2.1", (16, 5, 60, 104)), ("2.2", (48, 5, 44, 80))])
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_decoding_memory_is_what_the_vae_takes(version, latents, chunk):
+    dims = VaeDims.of_spec(planning.VAES[version])
+    with torch.device("meta"):
+        vae = build_vae(dims).requires_grad_(False)
+        z = torch.empty(latents)
+
+        def decode():
+            for _ in vae.decode_chunks(z, chunk=chunk):
+                pass
+
+        measured = peak_bytes(decode)
+    assert measured <= planning._decode_bytes(dims, latents, chunk) <= 1.3 * measured
+
+
+def test_a_picture_decides_the_shape(tmp_path):
+    Image.new("RGB", (300, 200)).save(tmp_path / "wide.png")
+    config = EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu")
+    todo = plan(config, Request(prompt="x", image=str(tmp_path / "wide.png")))
+    width, height = todo.request.size
+    assert width * height <= 128 * 128 and width % 32 == height % 32 == 0 and width > height
+    assert "encode" in todo.flops
+
+
+def test_untrained_size_gets_a_warning(gpu):
+    gpu(80)
+    assert not plan(FIVE, CAT).warnings
+    todo = plan(FIVE, replace(CAT, size=(640, 352)))
+    assert "not trained for 640*352" in todo.warnings[0]
+    tiny = EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu")
+    assert not plan(tiny, CAT).warnings  # its own size is the one it brings along
+
+
+def test_noise_file_is_checked_before_anything_is_loaded(tmp_path):
+    config = EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu")
+    file = tmp_path / "noise.safetensors"
+    for tensors, says in (
+        ({"other": torch.zeros(1)}, "no tensor 'noise', it has: other"),
+        ({"noise": torch.zeros(48, 2, 8, 8)}, r"holds f32 \[48, 2, 8, 8\], this size and length need f32 \[48, 9, 8, 8\]"),
+        ({"noise": torch.zeros(48, 9, 8, 8, dtype=torch.int64)}, "holds i64"),
+    ):
+        save_file(tensors, file)
+        with pytest.raises(WanFastError, match=says):
+            plan(config, replace(CAT, noise=str(file)))
+    save_file({"noise": torch.zeros(48, 9, 8, 8)}, file)
+    assert plan(config, replace(CAT, noise=str(file))).request.noise == str(file)
+
+
+def test_attention_asked_for_must_be_there(gpu):
+    with pytest.raises(WanFastError, match="needs a GPU"):
+        plan(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", attention="flash"), CAT)
+    gpu(80)
+    with pytest.raises(WanFastError, match="computes in bf16"):
+        plan(replace(FIVE, attention="flash", dtype="fp32"), CAT)
+    if not __import__("importlib.util").util.find_spec("flash_attn"):
+        with pytest.raises(WanFastError, match="pip install flash-attn"):
+            plan(replace(FIVE, attention="flash"), CAT)
+
+
+def test_host_description():
+    host = describe("cpu")
+    assert host.type == "cpu" and 0 < host.free <= host.memory and host.peak_tflops is None
+    if not torch.cuda.is_available():
+        for name in ("cuda", "cuda:3"):
+            with pytest.raises(WanFastError, match=f"--device {name}: .*take --device cpu"):
+                describe(name)
+    assert prod(TASKS["ti2v-5B"].vae_spec.stride) == 1024

@@ -1,0 +1,100 @@
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from wan_fast import video
+from wan_fast.config import WanFastError
+
+
+def clip(frames=9, height=48, width=64):
+    """A square that moves over a grey ground."""
+    pixels = torch.full((frames, height, width, 3), 90, dtype=torch.uint8)
+    for f in range(frames):
+        pixels[f, 16:32, 4 * f : 4 * f + 16] = torch.tensor([220, 40, 30], dtype=torch.uint8)
+    return pixels
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+@pytest.mark.parametrize("fps", [16, 24, 29.97])
+def test_a_written_clip_reads_back(tmp_path, suffix, fps):
+    import av
+    import numpy as np
+
+    file = tmp_path / f"x{suffix}"
+    video.write(clip(), file, fps)
+    with av.open(str(file)) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == ("h264" if suffix == ".mp4" else "vp9")
+        assert stream.codec_context.pix_fmt == "yuv420p"
+        assert float(stream.average_rate) == pytest.approx(fps, rel=1e-4)
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+    assert frames.shape == (9, 48, 64, 3)
+    assert abs(frames.astype(float) - clip().numpy()).mean() < 4
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_gif_and_pictures(tmp_path):
+    video.write(clip(), tmp_path / "x.gif", 20)
+    with Image.open(tmp_path / "x.gif") as image:
+        assert (image.n_frames, image.size, image.info["duration"]) == (9, (64, 48), 50)
+    video.write(clip(1), tmp_path / "x.png", 16)
+    assert Image.open(tmp_path / "x.png").getpixel((5, 20)) == (220, 40, 30)
+
+
+def test_nothing_is_left_of_a_failed_write(tmp_path):
+    file = tmp_path / "x.mp4"
+    file.write_text("the older file")
+    with pytest.raises(KeyboardInterrupt), video.whole(file) as scratch:
+        scratch.write_text("half")
+        raise KeyboardInterrupt
+    assert file.read_text() == "the older file" and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "image_only", "says"),
+    [
+        ("x.avi", 9, False, "'.avi'; for 9 frames it must be one of .mp4 .webm .gif"),
+        ("x", 9, False, "'nothing'"),
+        ("x.png", 9, False, "for 9 frames"),
+        ("x.mp4", 1, True, "one picture it must be one of .png .jpg"),
+        ("no/such/x.mp4", 9, False, "does not exist; create it first"),
+    ],
+)
+def test_output_is_refused(tmp_path, name, frames, image_only, says):
+    with pytest.raises(WanFastError) as error:
+        video.check_output(tmp_path / name, frames, image_only)
+    assert says in str(error.value)
+
+
+def test_output_is_allowed(tmp_path):
+    for name, frames, image_only in (("x.mp4", 9, False), ("x.MP4", 1, False), ("x.png", 1, False), ("x.png", 1, True)):
+        video.check_output(tmp_path / name, frames, image_only)
+
+
+def test_output_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    with pytest.raises(WanFastError, match="not writable"):
+        video.check_output(tmp_path / "x.mp4", 9, False)
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(WanFastError, match="is a folder"):
+        video.check_output(tmp_path / "folder.mp4", 9, False)
+
+
+@pytest.mark.parametrize("keep", [0, 30, 0.5])
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_broken_picture(tmp_path, keep, suffix):
+    file = tmp_path / f"x{suffix}"
+    Image.effect_noise((64, 64), 50).convert("RGB").save(file)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(WanFastError, match="cannot be read"):
+        video.image_size(file)
+
+
+def test_pictures_of_other_kinds_become_rgb(tmp_path):
+    for mode in ("L", "RGBA", "P", "CMYK", "I;16"):
+        file = tmp_path / f"{mode[0]}.{'tiff' if mode in ('CMYK', 'I;16') else 'png'}"
+        Image.new(mode, (8, 6)).save(file)
+        assert video.read_image(file).mode == "RGB" and video.image_size(file) == (8, 6)
