@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import wan_fast
 from wan_fast.config import EngineConfig, Output, Request, WanFastError, with_seed
-from wan_fast.flags import Parser, add_not_yet, add_options, build
+from wan_fast.flags import Parser, add_not_yet, add_options, build, refuse_not_yet
 from wan_fast.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -85,9 +85,15 @@ def _run_parser(name: str, description: str) -> Parser:
     return parser
 
 
+def _options(parsed: argparse.Namespace) -> tuple[EngineConfig, Request, Output]:
+    config = build(EngineConfig, parsed)
+    refuse_not_yet(parsed)
+    return config, with_seed(build(Request, parsed)), build(Output, parsed)
+
+
 def _run(words: Sequence[str]) -> int:
-    parsed = _run_parser("run", "Make one video (or picture) and write it.").parse_args(words)
-    config, request, output = build(EngineConfig, parsed), with_seed(build(Request, parsed)), build(Output, parsed)
+    parser = _run_parser("run", "Make one video (or picture) and write it.")
+    config, request, output = _options(parser.parse_args(words))
     todo = wan_fast.plan(config, request)
     target = _check_outputs(output, todo)
     _say_plan(todo)
@@ -124,7 +130,7 @@ def _plan(words: Sequence[str]) -> int:
     parser = _run_parser("plan", "Say what `wan-fast run` would do with the same flags, and do nothing.")
     parser.add_argument("--json", action="store_true", help="for machines")
     parsed = parser.parse_args(words)
-    config, request, output = build(EngineConfig, parsed), with_seed(build(Request, parsed)), build(Output, parsed)
+    config, request, output = _options(parsed)
     todo = wan_fast.plan(config, request)
     _check_outputs(output, todo)
     if parsed.json:

@@ -42,7 +42,10 @@ class Parser(argparse.ArgumentParser):
         raise WanFastError(message)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        return super().parse_args(self.spell(sys.argv[1:] if args is None else args), namespace)
+        try:
+            return super().parse_args(self.spell(sys.argv[1:] if args is None else args), namespace)
+        except _BadValue as error:
+            raise WanFastError(str(error)) from None
 
     def spell(self, argv: Sequence[str]) -> list[str]:
         """The flags of `argv` as they are registered; a flag that is not gets the nearest one named."""
@@ -60,25 +63,35 @@ class Parser(argparse.ArgumentParser):
         return spelled
 
 
+class _BadValue(Exception):
+    """What a converter has to say; argparse would replace the message of a ValueError by its own."""
+
+
 class _Help(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=120)
 
 
-class _NotYet(argparse.Action):
-    """Accepts the values that ask for nothing; any other is refused by name."""
+def add_not_yet(parser: argparse.ArgumentParser) -> None:
+    """Accept the flags of `_NOT_YET`; `refuse_not_yet` says which of them were given."""
+    for flag, (takes_value, _) in _NOT_YET.items():
+        settings: dict[str, Any] = {} if takes_value else {"nargs": 0, "const": ""}
+        parser.add_argument(flag, action=_Collect, dest="not_yet", help=argparse.SUPPRESS, default=[], **settings)
+
+
+def refuse_not_yet(parsed: argparse.Namespace) -> None:
+    """Raise if a flag was given that this version knows but cannot follow; values that ask for nothing pass."""
+    for flag, value in parsed.not_yet:
+        if value not in _NOT_YET[flag][1]:
+            raise WanFastError(f"{flag} {value}".strip() + " is known, but this version cannot follow it yet; leave it out")
+
+
+class _Collect(argparse.Action):
+    """Append (flag, value), in the order given."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
-        seen = values if isinstance(values, str) else ""
-        if seen not in _NOT_YET[self.option_strings[0]][1]:
-            given = f"{option} {seen}".strip()
-            raise WanFastError(f"{given} is known, but this version cannot follow it yet; leave it out")
-
-
-def add_not_yet(parser: argparse.ArgumentParser) -> None:
-    for flag, (takes_value, _) in _NOT_YET.items():
-        nargs = None if takes_value else 0
-        parser.add_argument(flag, action=_NotYet, nargs=nargs, help=argparse.SUPPRESS, dest=argparse.SUPPRESS)
+        seen = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*seen, (option, values if isinstance(values, str) else "")])
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
@@ -121,10 +134,9 @@ def _converter(convert: Any, flag: str) -> Any:
         try:
             return convert(text)
         except WanFastError as error:
-            message = str(error)
-            raise WanFastError(message if flag in message else f"{flag}: {message}") from None
+            raise _BadValue(str(error) if flag in str(error) else f"{flag}: {error}") from None
         except ValueError:
-            what = {int: "a whole number", float: "a number"}.get(convert, "another value")
-            raise WanFastError(f"{flag} must be {what}, got {text!r}") from None
+            what = {int: "a whole number", float: "a number"}[convert]
+            raise _BadValue(f"{flag} must be {what}, got {text!r}") from None
 
     return converted

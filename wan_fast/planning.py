@@ -98,6 +98,7 @@ def plan(config: EngineConfig, request: Request) -> Plan:
         WanFastError: the request cannot be carried out, with what is wrong and what to do.
     """
     spec = config.spec
+    resolve(spec, request)  # what is wrong with it whatever the checkpoint
     device = describe(config.device)
     dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
     kernels = kernel_plan(config.attention, device, dtype)

@@ -53,19 +53,19 @@ class Stream:
         """Keep the last `count` frames of what `layer` has been given so far. x: [F, C, H, W]."""
         kept = self.history.get(layer)
         if kept is None:
-            kept = torch.zeros_like(x[:1]).repeat(count, 1, 1, 1).contiguous(memory_format=CHANNELS_LAST)
-            self.history[layer] = kept
+            kept = self.history[layer] = empty_frames(x, count, *x.shape[1:]).zero_()
         new = min(count, x.shape[0])
         for index in range(count - new):
             kept[index] = kept[index + new]
         kept[count - new :] = x[x.shape[0] - new :]
 
 
-class CausalConv3d(nn.Conv3d):
+class CausalConv3d(nn.Module):
     """Convolution over [3, k, k] whose output frame sees its own frame and the two before it."""
 
     def __init__(self, in_channels: int, out_channels: int, size: int = 3) -> None:
-        super().__init__(in_channels, out_channels, (3, size, size))
+        super().__init__()
+        self.weight, self.bias = nn.Conv3d(in_channels, out_channels, (3, size, size)).parameters()
 
     def forward(self, x: Tensor, stream: Stream, out: Tensor | None = None) -> Tensor:
         """x: [F, Cin, H, W]. `out`: [F, Cout, H, W] to add the result to, in place. Returns: [F, Cout, H, W]."""
@@ -89,7 +89,7 @@ def causal_conv3d(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, 
     """
     if past is None and x.shape[0] > 1:
         past = torch.zeros_like(x[:2])
-    if x.device.type == "cpu" and x.dtype == torch.float32:
+    if is_cpu_fp32(x):
         large = x.shape[1] >= WIDE_CHANNELS and x.shape[2] * x.shape[3] >= LARGE_FRAME
         return (_winograd if large else _stacked)(x, past, weight, bias, out)
     # a lone frame behind zeros needs one of the three taps
@@ -119,8 +119,8 @@ def _winograd(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, out:
     write = Tensor.copy_ if out is None else Tensor.add_
     if out is None:
         out = empty_frames(x, count, weight.shape[0], height, width)
-    first, middle, last = (tap.contiguous(memory_format=CHANNELS_LAST) for tap in weight.unbind(2))
-    both, half = (first + last).mul_(0.5), middle * 0.5
+    first, centre, last = (tap.contiguous(memory_format=CHANNELS_LAST) for tap in weight.unbind(2))
+    both, half = (first + last).mul_(0.5), centre * 0.5
     plus, minus = both + half, both.sub_(half)
     strip = max(1, BLOCK_BYTES // (4 * width * max(weight.shape[:2])))
     for top in range(0, height, strip):
@@ -137,7 +137,7 @@ def _winograd(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, out:
         if count % 2:
             y = _conv_rows(frames[-1], last, bias, edges)
             if past is not None:
-                y += _conv_rows(frames[-2], middle, None, edges)
+                y += _conv_rows(frames[-2], centre, None, edges)
                 y += _conv_rows(frames[-3], first, None, edges)
             write(target[-1], y)
     return out
@@ -146,6 +146,10 @@ def _winograd(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, out:
 def _conv_rows(x: Tensor, weight: Tensor, bias: Tensor | None, edges: tuple[int, int, int, int]) -> Tensor:
     """Convolve a strip [1, Cin, rows, W] that brings its neighbours' rows along, but for the zeros of `edges`."""
     return F.conv2d(F.pad(x, edges) if any(edges) else x, weight, bias, padding=(0, weight.shape[-1] // 2))
+
+
+def is_cpu_fp32(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def empty_frames(like: Tensor, *shape: int) -> Tensor:
@@ -174,13 +178,13 @@ class RMSNorm(nn.Module):
         """x: [F, C, H, W]; `out` may be x. Returns: [F, C, H, W], reduced in fp32, through SiLU where asked."""
         channels = x.shape[1]
         out = torch.empty_like(x) if out is None else out
-        gain = (self.gamma * channels**0.5).flatten()
-        block = BLOCK_BYTES // (16 * channels) if x.device.type == "cpu" else x.numel()
+        gamma = self.gamma.flatten()
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        block = BLOCK_BYTES // (4 * channels) if x.device.type == "cpu" else x.numel()
         x_rows, out_rows = (t.permute(0, 2, 3, 1).view(-1, channels).split(block) for t in (x, out))
         for row, target in zip(x_rows, out_rows, strict=True):
-            dtype = torch.promote_types(x.dtype, torch.float32)
             norm = torch.linalg.vector_norm(row, dim=1, keepdim=True, dtype=dtype).clamp_min_(1e-12)
-            torch.mul(row, norm.reciprocal_().to(x.dtype), out=target).mul_(gain)
+            torch.mul(row, channels**0.5 / norm, out=target).mul_(gamma)
             if silu:
                 F.silu(target, inplace=True)
         return out
@@ -245,9 +249,9 @@ class Downsample(nn.Module):
         stream.remember(self, x, 1)
         if frames is None:
             return x
-        first, middle, last = self.time_conv.weight.unbind(2)
+        first, centre, last = self.time_conv.weight.unbind(2)
         y = F.conv2d(frames[:-1:2], first, self.time_conv.bias)
-        y += F.conv2d(frames[1::2], middle)
+        y += F.conv2d(frames[1::2], centre)
         y += F.conv2d(frames[2::2], last)
         return y
 
@@ -266,10 +270,10 @@ class Upsample(nn.Module):
         if self.time_conv is not None and not stream.first:
             f, c, h, w = x.shape
             x = self.time_conv(x, stream).view(f, 2, c, h, w).flatten(0, 1).contiguous(memory_format=CHANNELS_LAST)
-        conv = self.resample["1"]
-        if x.device.type == "cpu" and x.shape[2] * x.shape[3] >= LARGE_FRAME:
-            return _doubled_conv2d(x, conv.weight, conv.bias)
-        return conv(F.interpolate(x, scale_factor=2, mode="nearest-exact"))
+        weight, bias = self.resample["1"].parameters()
+        if is_cpu_fp32(x) and x.shape[2] * x.shape[3] >= LARGE_FRAME:
+            return _doubled_conv2d(x, weight, bias)
+        return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), weight, bias, padding=1)
 
 
 def _doubled_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -303,6 +307,7 @@ class DownLevel(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """x: [F, Cin, H, W]. Returns: [F', Cout, H', W']."""
+        # blocks write over their input, which the sum below needs
         y = x.clone()
         for layer in self.downsamples:
             y = layer(y, stream)
@@ -331,6 +336,7 @@ class UpLevel(nn.Module):
             for layer in self.upsamples:
                 x = layer(x, stream)
             return x
+        # blocks write over their input, which the sum below needs
         y = x.clone()
         for layer in self.upsamples:
             y = layer(y, stream)
@@ -351,7 +357,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [dim, dim, 2 * dim, 4 * dim, 4 * dim]
         self.conv1 = CausalConv3d(in_channels, dim)
-        levels = []
+        levels: list[nn.Module] = []
         for level, (narrow, wide) in enumerate(pairwise(widths)):
             layers: list[nn.Module] = [ResidualBlock(narrow, wide), ResidualBlock(wide, wide)]
             if level < 3:
@@ -377,7 +383,7 @@ class Decoder(nn.Module):
         widths = [4 * dim, 4 * dim, 4 * dim, 2 * dim, dim]
         self.conv1 = CausalConv3d(in_channels, 4 * dim)
         self.middle = middle(4 * dim)
-        levels = []
+        levels: list[nn.Module] = []
         for level, (wide, narrow) in enumerate(pairwise(widths)):
             # the Upsample of Wan 2.1 halves the width
             if version == "2.1" and level > 0:
@@ -422,7 +428,7 @@ class WanVAE(nn.Module):
         self.conv1 = PointwiseConv3d(2 * self.channels, 2 * self.channels)
         self.conv2 = PointwiseConv3d(self.channels, self.channels)
         self.decoder = Decoder(spec.version, self.channels, decoder_dim or spec.decoder_dim, pixels)
-        self.register_load_state_dict_post_hook(lambda vae, _: vae._channels_last())
+        self.register_load_state_dict_post_hook(_weights_channels_last)
 
     def encode(self, video: Tensor) -> Tensor:
         """Normalised mean latents of a video.
@@ -461,6 +467,8 @@ class WanVAE(nn.Module):
                 latents = mu.new_empty(self.channels, (num_frames + 3) // 4, *mu.shape[2:], dtype=torch.float32)
             start, end = end, end + mu.shape[0]
             latents[:, start:end] = ((mu.float() - mean) / std).transpose(0, 1)
+        if latents is None or end != latents.shape[1]:
+            raise ValueError(f"the chunks held {max(4 * end - 3, 0)} frames, not the {num_frames} announced")
         return latents
 
     @torch.no_grad()
@@ -497,16 +505,17 @@ class WanVAE(nn.Module):
             video[:, start:end] = frames
         return video
 
-    def _channels_last(self) -> None:
-        """Lay the convolutions' weights out with the input channels innermost, as activations are."""
-        for module in self.modules():
-            if isinstance(module, CausalConv3d):
-                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, [C, 1, 1] fp32 each."""
         mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (self.spec.mean, self.spec.std))
         return mean, std
+
+
+def _weights_channels_last(vae: nn.Module, _: object) -> None:
+    """Lay the convolutions' weights out with the input channels innermost, as activations are."""
+    for module in vae.modules():
+        if isinstance(module, CausalConv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 def patchify(video: Tensor, patch: int) -> Tensor:
