@@ -8,6 +8,7 @@ import sys
 import threading
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -154,7 +155,13 @@ def test_pth_header_tells_what_torch_would_load(tmp_path):
     state["view"] = torch.arange(12.0).view(3, 4)[:, 1:3]
     state["parameter"] = torch.nn.Parameter(torch.zeros(5, dtype=torch.float16))
     torch.save(state, tmp_path / "x.pth")
-    expected = {"a": ("F32", (2, 3)), "b": ("BF16", (4,)), "c": ("I64", ()), "view": ("F32", (3, 2)), "parameter": ("F16", (5,))}
+    expected = {
+        "a": ("F32", (2, 3)),
+        "b": ("BF16", (4,)),
+        "c": ("I64", ()),
+        "view": ("F32", (3, 2)),
+        "parameter": ("F16", (5,)),
+    }
     assert read_pth_header(tmp_path / "x.pth") == expected
 
 
@@ -237,9 +244,7 @@ print(peak - before, sum(p.nbytes for p in model.parameters()))
 
 
 def test_loading_takes_little_more_memory_than_the_model(tmp_path):
-    out = subprocess.run(
-        [sys.executable, "-c", _PEAK, tmp_path / "x.safetensors"], capture_output=True, text=True, check=True
-    )
+    out = subprocess.run([sys.executable, "-c", _PEAK, tmp_path / "x.safetensors"], capture_output=True, text=True, check=True)
     peak, model = map(int, out.stdout.split())
     # 192 MB of bf16 from 384 MB of fp32: one tensor of 16 MB in flight, allocator slack
     assert 0.9 * model < peak < model + 100e6
@@ -255,7 +260,7 @@ def hub(native, tmp_path):
     commit = "0" * 40
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        requests: list[str] = []
+        requests: ClassVar[list[str]] = []
 
         def answer(self, body, headers=None, status=200):
             self.send_response(status)
@@ -269,7 +274,9 @@ def hub(native, tmp_path):
             type(self).requests.append(self.path)
             path = self.path.split("?")[0]
             if "/api/models/" in path and "Wan2.2-TI2V-5B" in path:
-                files = [{"rfilename": n, "size": len(b), "type": "file", "path": n, "oid": "0" * 40} for n, b in served.items()]
+                files = [
+                    {"rfilename": n, "size": len(b), "type": "file", "path": n, "oid": "0" * 40} for n, b in served.items()
+                ]
                 body = files if "/tree/" in path else {"id": "x", "sha": commit, "siblings": files}
                 self.answer(json.dumps(body).encode(), {"Content-Type": "application/json"})
             elif "/resolve/" in path:
@@ -309,7 +316,7 @@ def test_hub_download_then_cache(hub, tmp_path):
 
 
 def test_an_interrupted_download_goes_on(hub, tmp_path):
-    endpoint, handler = hub
+    endpoint, _ = hub
     code = "c = open_checkpoint(locate(None, TASKS['ti2v-5B'])); check(c, TASKS['ti2v-5B']); print(c.layout)"
     assert in_hub(code, endpoint, tmp_path).stdout == "native\n"
     lost = next(tmp_path.rglob(DIT))
@@ -319,7 +326,20 @@ def test_an_interrupted_download_goes_on(hub, tmp_path):
 
 
 def test_hub_out_of_reach(tmp_path):
-    run = [sys.executable, "-m", "wan_fast", "run", "--task", "ti2v-5B", "--prompt", "x", "--vram", "900GiB", "--device", "cpu"]
+    run = [
+        sys.executable,
+        "-m",
+        "wan_fast",
+        "run",
+        "--task",
+        "ti2v-5B",
+        "--prompt",
+        "x",
+        "--vram",
+        "900GiB",
+        "--device",
+        "cpu",
+    ]
     env = dict(os.environ, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
     done = subprocess.run([*run, "--save_file", str(tmp_path / "x.mp4")], env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2

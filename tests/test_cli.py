@@ -64,7 +64,10 @@ def picture_cut_in_half(folder):
 
 REFUSED = {
     "unknown task": (RUN.replace("ti2v-5B", "ti2v-5b"), "unknown task 'ti2v-5b'; did you mean ti2v-5B?"),
-    "task not wired": (RUN.replace("ti2v-5B", "animate-14B"), "animate-14B is known but cannot run in this version yet"),
+    "task not wired": (
+        RUN.replace("ti2v-5B", "animate-14B"),
+        "animate-14B is known but cannot run in this version yet",
+    ),
     "no task": ("run --prompt x", "--task"),
     "unknown flag": (f"{RUN} --sampel_steps 4", "unknown flag --sampel_steps; did you mean --sample_steps?"),
     "flag without value": (f"{RUN} --size", "--size"),
@@ -85,7 +88,10 @@ REFUSED = {
     "no prompt": ("run --task ti2v-5B --ckpt_dir tiny --device cpu", "needs a prompt"),
     "no checkpoint folder": (f"{RUN} --ckpt_dir ./nowhere", "checkpoint folder './nowhere' does not exist"),
     "empty checkpoint folder": (f"{RUN} --ckpt_dir made", "holds no Wan checkpoint"),
-    "missing shard": (f"{RUN} --ckpt_dir made", "shard diffusion_pytorch_model-00002-of-00003.safetensors of 3 is missing"),
+    "missing shard": (
+        f"{RUN} --ckpt_dir made",
+        "shard diffusion_pytorch_model-00002-of-00003.safetensors of 3 is missing",
+    ),
     "truncated safetensors": (f"{RUN} --ckpt_dir made", "is truncated"),
     "wrong shapes": (f"{RUN} --ckpt_dir made", "1 of a wrong shape: blocks.0.norm3.weight is [8], expected [256]"),
     "surplus tensors": (f"{RUN} --ckpt_dir made", "1 surplus: blocks.0.extra"),
@@ -249,7 +255,11 @@ def test_values_that_ask_for_nothing_are_taken(value, capsys):
 def test_official_command_lines_of_the_wired_tasks_are_understood(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     for line, size, steps in (
-        ("--task t2v-1.3B --size 832*480 --offload_model True --t5_cpu --sample_shift 8 --sample_guide_scale 6", [832, 480], 50),
+        (
+            "--task t2v-1.3B --size 832*480 --offload_model True --t5_cpu --sample_shift 8 --sample_guide_scale 6",
+            [832, 480],
+            50,
+        ),
         ("--task t2v-A14B --size 1280*720 --offload_model True --convert_model_dtype", [1280, 720], 40),
         ("--task ti2v-5B --size 1280*704 --offload_model True --convert_model_dtype --t5_cpu", [1280, 704], 50),
         ("--task t2i-14B --size 1024*1024", [1024, 1024], 50),

@@ -43,6 +43,3 @@ def test_kernels_compile_within_budget(capability: int, rows: list[dict[str, Any
         assert row["reg"] <= row["budget"], f"{where}: {row['reg']} registers, budget {row['budget']}"
         spills = {name for name in ("LDL", "STL") if name in row["sass"]}
         assert row["stack"] == row["local"] == 0 and not spills, f"{where} spills: {row}"
-        if row["kernel"] == "_frames_to_uint8_kernel":
-            # sm_100 has a packed form, FFMA2
-            assert not row["sass"].keys() & {"FFMA", "FFMA2"}, f"{where}: a fused multiply-add changes the bytes"

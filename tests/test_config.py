@@ -106,7 +106,13 @@ def test_seed_is_drawn_only_where_there_is_none():
 def test_values_as_typed():
     assert parse_size("1280*704") == parse_size("1280x704") == (1280, 704)
     assert (parse_guidance("5"), parse_guidance("3,4")) == (5.0, (3.0, 4.0))
-    assert [parse_bytes(t) for t in ("12GiB", "1.5GB", "800mib", "64", "auto")] == [12 * 2**30, 1_500_000_000, 800 * 2**20, 64, None]
+    assert [parse_bytes(t) for t in ("12GiB", "1.5GB", "800mib", "64", "auto")] == [
+        12 * 2**30,
+        1_500_000_000,
+        800 * 2**20,
+        64,
+        None,
+    ]
     for parse, text in ((parse_size, "1280"), (parse_size, "axb"), (parse_guidance, "1,2,3"), (parse_bytes, "lots")):
         with pytest.raises(WanFastError, match=text):
             parse(text)

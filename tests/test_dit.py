@@ -5,9 +5,9 @@ import torch
 from models import random_dit, relative_error
 from recipe import recipe_tensor, recipe_weights
 
-from wan_fast.checkpoint import _DIT_NAMES, native_name
 from wan_fast.dit import WanDiT, grid_of, rotate, rotation_table, sinusoid
 from wan_fast.manifest import DiTDims, stays_fp32
+from wan_fast.names import DIT_NAMES, native_name
 
 TINY = DiTDims(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=16, out_dim=16, text_dim=64)
 
@@ -135,7 +135,8 @@ def test_unpadded_text_longer_than_the_model_takes_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("layers", "channels", "text_dim", "shape"), [(2, 16, 64, (3, 6, 10)), (3, 48, 96, (1, 4, 14)), (1, 16, 32, (5, 2, 2))]
+    ("layers", "channels", "text_dim", "shape"),
+    [(2, 16, 64, (3, 6, 10)), (3, 48, 96, (1, 4, 14)), (1, 16, 32, (5, 2, 2))],
 )
 @torch.inference_mode()
 def test_equals_diffusers(layers, channels, text_dim, shape):
@@ -154,7 +155,7 @@ def test_equals_diffusers(layers, channels, text_dim, shape):
             torch.nn.init.normal_(parameter, 1.0, 0.2)
     dims = replace(TINY, ffn_dim=320, num_layers=layers, in_dim=channels, out_dim=channels, text_dim=text_dim)
     ours = WanDiT(dims)
-    ours.load_state_dict({native_name(n, _DIT_NAMES): t for n, t in theirs.state_dict().items()})
+    ours.load_state_dict({native_name(n, DIT_NAMES): t for n, t in theirs.state_dict().items()})
     x, text = torch.randn(2, channels, *shape), torch.randn(2, 512, text_dim)
     t = torch.tensor([731.0, 12.0])
     expected = theirs(x, t, text, return_dict=False)[0]

@@ -63,7 +63,7 @@ def test_tokens_end_with_eos_and_stop_at_512():
         ("rock &amp;amp; roll", "rock & roll"),
         ("schÃ¶n", "schön"),
         ("色调艳丽，过曝", "色调艳丽,过曝"),
-        ("it’s “fine”", "it's \"fine\""),
+        ("it’s “fine”", 'it\'s "fine"'),
         ("全角　空格", "全角 空格"),
     ],
 )

@@ -16,7 +16,7 @@ STDLIB = set(sys.stdlib_module_names)
 LEVELS: list[set[str]] = [
     {"kernels", "tasks"},
     {"config"},
-    {"device", "flags", "headers", "manifest", "steps"},
+    {"device", "flags", "headers", "manifest", "names", "steps"},
     {"attention", "quantize", "parallel", "checkpoint", "lora", "video"},
     {"dit", "adapters", "vae", "encoders"},
     {"conditioning", "planning", "sampler"},
@@ -29,7 +29,7 @@ LEVELS: list[set[str]] = [
 # what these modules may import from outside the project; the others are free
 OUTSIDE: dict[str, set[str]] = {
     "kernels": STDLIB | {"torch", "triton"},
-    **dict.fromkeys(["tasks", "config", "device", "flags", "headers", "manifest", "steps"], STDLIB),
+    **dict.fromkeys(["tasks", "config", "device", "flags", "headers", "manifest", "names", "steps"], STDLIB),
 }
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from wan_fast import manifest
-from wan_fast.checkpoint import _DIT_NAMES, _TEXT_NAMES, _VAE21_NAMES, _VAE22_NAMES, native_name
 from wan_fast.dit import WanDiT
 from wan_fast.encoders import TextEncoder
 from wan_fast.engine import build_vae
 from wan_fast.manifest import DiTDims, VaeDims
+from wan_fast.names import DIT_NAMES, TEXT_NAMES, VAE21_NAMES, VAE22_NAMES, native_name
 from wan_fast.tasks import TASKS, VAES
 
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -64,12 +64,12 @@ def test_text_encoder_has_exactly_the_released_tensors():
 @pytest.mark.parametrize(
     ("name", "rules"),
     [
-        ("t2v-1.3B", _DIT_NAMES),
-        ("t2v-14B", _DIT_NAMES),
-        ("ti2v-5B", _DIT_NAMES),
-        ("vae-2.1", _VAE21_NAMES),
-        ("vae-2.2", _VAE22_NAMES),
-        ("umt5-xxl-encoder", _TEXT_NAMES),
+        ("t2v-1.3B", DIT_NAMES),
+        ("t2v-14B", DIT_NAMES),
+        ("ti2v-5B", DIT_NAMES),
+        ("vae-2.1", VAE21_NAMES),
+        ("vae-2.2", VAE22_NAMES),
+        ("umt5-xxl-encoder", TEXT_NAMES),
     ],
 )
 def test_diffusers_names_map_to_native_ones(name, rules):

@@ -74,7 +74,13 @@ def test_weights_are_those_that_get_loaded(tmp_path):
         config = EngineConfig(task=task, checkpoint=str(write_native(folder, task)), device="cpu", dtype=dtype)
         engine = Engine(config)
         request = Request(prompt="a", size=(64, 64), num_frames=5)
-        labels = {"text": "text encoder", "vae": "VAE", "model": "DiT", "high_noise": "DiT high_noise", "low_noise": "DiT low_noise"}
+        labels = {
+            "text": "text encoder",
+            "vae": "VAE",
+            "model": "DiT",
+            "high_noise": "DiT high_noise",
+            "low_noise": "DiT low_noise",
+        }
         loaded = {labels[n]: sum(p.nbytes for p in m.parameters()) for n, m in engine.models.items()}
         assert dict(plan(config, request).memory.weights) == loaded
 
@@ -140,7 +146,10 @@ def test_noise_file_is_checked_before_anything_is_loaded(tmp_path):
     file = tmp_path / "noise.safetensors"
     for tensors, says in (
         ({"other": torch.zeros(1)}, "no tensor 'noise', it has: other"),
-        ({"noise": torch.zeros(48, 2, 8, 8)}, r"holds f32 \[48, 2, 8, 8\], this size and length need f32 \[48, 9, 8, 8\]"),
+        (
+            {"noise": torch.zeros(48, 2, 8, 8)},
+            r"holds f32 \[48, 2, 8, 8\], this size and length need f32 \[48, 9, 8, 8\]",
+        ),
         ({"noise": torch.zeros(48, 9, 8, 8, dtype=torch.int64)}, "holds i64"),
     ):
         save_file(tensors, file)

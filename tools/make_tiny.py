@@ -26,20 +26,45 @@ SEED = 0
 SPECIAL = ("<pad>", "</s>", "<s>", "<unk>")
 PIECES = 1024
 WORDS = {
-    "colour": "red orange yellow green blue purple pink white black grey brown golden dark bright".split(),
-    "shape": "ball circle square cube triangle star box ring disc diamond cat dog bird car".split(),
-    "motion": "bounces moves rotates spins grows shrinks falls rises jumps flies rolls walks runs slides".split(),
-    "where": "left right up down in circles across the screen over a meadow on a table in the rain at night".split(),
+    "colour": "red orange yellow green blue purple pink white black grey brown golden dark bright",
+    "shape": "ball circle square cube triangle star box ring disc diamond cat dog bird car",
+    "motion": "bounces moves rotates spins grows shrinks falls rises jumps flies rolls walks runs slides",
+    "where": "left right up down in circles across the screen over a meadow on a table in the rain at night",
 }
-CHINESE = ("红色", "橙色", "黄色", "绿色", "蓝色", "紫色", "圆球", "方块", "三角形", "星星", "向左", "向右", "移动", "旋转", "弹跳", "变大")
+CHINESE = (
+    "红色",
+    "橙色",
+    "黄色",
+    "绿色",
+    "蓝色",
+    "紫色",
+    "圆球",
+    "方块",
+    "三角形",
+    "星星",
+    "向左",
+    "向右",
+    "移动",
+    "旋转",
+    "弹跳",
+    "变大",
+)
 NOTE = "tiny has seeded random weights: it shows that everything runs, not a picture of the prompt"
+
+
+CARD = f"""# tiny
+
+The TI2V-5B architecture at toy width (two-row modulation, 2.2 VAE, umT5, its own tokenizer), Diffusers layout.
+Made by `tools/make_tiny.py` with seed {SEED}. Its weights are random: what it shows is noise.
+Apache-2.0, as the project.
+"""
 
 
 def captions() -> list[str]:
     lines = []
-    for colour, shape, motion in itertools.product(*(WORDS[k] for k in ("colour", "shape", "motion"))):
+    for colour, shape, motion in itertools.product(*(WORDS[k].split() for k in ("colour", "shape", "motion"))):
         lines.append(f"a {colour} {shape} {motion}")
-        lines.append(f"The {shape} is {colour} and {motion} {' '.join(random.sample(WORDS['where'], 3))}.")
+        lines.append(f"The {shape} is {colour} and {motion} {' '.join(random.sample(WORDS['where'].split(), 3))}.")
     lines += ["一个" + "".join(random.sample(CHINESE, 4)) for _ in range(2000)]
     lines += [TASKS["ti2v-5B"].negative_prompt] * 20
     return lines
@@ -114,10 +139,7 @@ def main() -> None:
     (TARGET / "model_index.json").write_text(json.dumps(index, indent=1))
     defaults = {"size": [128, 128], "num_frames": 33, "num_steps": 12, "note": NOTE}
     (TARGET / "generation_config.json").write_text(json.dumps(defaults, indent=1))
-    (TARGET / "README.md").write_text(
-        "# tiny\n\nThe TI2V-5B architecture at toy width (two-row modulation, 2.2 VAE, umT5, its own tokenizer), Diffusers layout.\n"
-        f"Made by `tools/make_tiny.py` with seed {SEED}. Its weights are random: what it shows is noise. Apache-2.0, as the project.\n"
-    )
+    (TARGET / "README.md").write_text(CARD)
     for file in TARGET.rglob("*.*"):
         file.chmod(0o644)
     size = sum(f.stat().st_size for f in TARGET.rglob("*") if f.is_file())

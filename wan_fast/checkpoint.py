@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from wan_fast import manifest
 from wan_fast.config import WanFastError
 from wan_fast.headers import DTYPE_BYTES, read_pth_header, read_safetensors_header
+from wan_fast.names import DIT_NAMES, TEXT_NAMES, VAE21_NAMES, VAE22_NAMES, Rules, native_name
 from wan_fast.tasks import TASKS, VAES, TaskSpec
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def check(checkpoint: Checkpoint, spec: TaskSpec) -> None:
     for part in checkpoint.experts.values():
         if _dims(part).text_dim != width:
             raise WanFastError(
-                f"the text encoder {str(checkpoint.text_encoder.path)!r} is {width} wide, the DiT takes {_dims(part).text_dim}; "
+                f"text encoder {str(checkpoint.text_encoder.path)!r} is {width} wide, the DiT takes {_dims(part).text_dim}; "
                 "take the parts of one model"
             )
 
@@ -284,7 +285,7 @@ def _described(part: Part) -> Iterator[None]:
         yield
     except (LookupError, TypeError, ValueError) as error:
         raise WanFastError(
-            f"{str(part.path)!r} is not that part of a Wan checkpoint: {error} is missing or of another shape; download it again"
+            f"{str(part.path)!r} is no part of a Wan checkpoint: {error} is missing or of another shape; download it again"
         ) from error
 
 
@@ -299,7 +300,9 @@ def _open_native(path: Path) -> Checkpoint:
         for name in ("high_noise", "low_noise"):
             folder = path / f"{name}_model"
             if not folder.is_dir():
-                raise WanFastError(f"checkpoint {str(path)!r} has one expert but no {folder.name}/; download the whole repository")
+                raise WanFastError(
+                    f"checkpoint {str(path)!r} has one expert but no {folder.name}/; download the whole repository"
+                )
             experts[name] = _safetensors_part(folder, "diffusion_pytorch_model", {})
     vae = next((path / spec.file for spec in VAES.values() if (path / spec.file).is_file()), None)
     text = next(iter(sorted(path.glob("models_t5_*.pth"))), None)
@@ -308,8 +311,8 @@ def _open_native(path: Path) -> Checkpoint:
         path=path,
         layout="native",
         experts=experts,
-        vae=vae and _pth_part(vae),
-        text_encoder=text and _pth_part(text),
+        vae=_pth_part(vae) if vae else None,
+        text_encoder=_pth_part(text) if text else None,
         tokenizer=tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
         **_generation_config(path),
     )
@@ -322,18 +325,18 @@ def _open_diffusers(path: Path) -> Checkpoint:
     for folder in folders.values():
         if not (path / folder).is_dir():
             raise WanFastError(f"checkpoint {str(path)!r} has no {folder}/, which its model_index.json names; download it")
-    experts = {n: _safetensors_part(path / f, "diffusion_pytorch_model", _DIT_NAMES) for n, f in folders.items()}
+    experts = {n: _safetensors_part(path / f, "diffusion_pytorch_model", DIT_NAMES) for n, f in folders.items()}
     vae, text, tokenizer = path / "vae", path / "text_encoder", path / "tokenizer"
     vae_part = None
     if vae.is_dir():
         residual = _json(vae / "config.json").get("is_residual", False)
-        vae_part = _safetensors_part(vae, "diffusion_pytorch_model", _VAE22_NAMES if residual else _VAE21_NAMES)
+        vae_part = _safetensors_part(vae, "diffusion_pytorch_model", VAE22_NAMES if residual else VAE21_NAMES)
     return Checkpoint(
         path=path,
         layout="diffusers",
         experts=experts,
         vae=vae_part,
-        text_encoder=_safetensors_part(text, "model", _TEXT_NAMES) if text.is_dir() else None,
+        text_encoder=_safetensors_part(text, "model", TEXT_NAMES) if text.is_dir() else None,
         tokenizer=tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
         **_generation_config(path),
     )
@@ -343,7 +346,7 @@ def open_dit(folder: Path) -> Part:
     """One transformer in a folder of its own, in either layout."""
     config = _json(folder / "config.json")
     native = config.get("_class_name") != "WanTransformer3DModel" and "num_attention_heads" not in config
-    return _safetensors_part(folder, "diffusion_pytorch_model", {} if native else _DIT_NAMES)
+    return _safetensors_part(folder, "diffusion_pytorch_model", {} if native else DIT_NAMES)
 
 
 def _generation_config(path: Path) -> dict[str, Any]:
@@ -366,7 +369,7 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _safetensors_part(folder: Path, stem: str, names: Mapping[str, str]) -> Part:
+def _safetensors_part(folder: Path, stem: str, names: Rules) -> Part:
     """A model in one `stem`.safetensors or in the shards its index lists; `names` maps stored to native names."""
     config = _json(folder / "config.json")
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
@@ -391,89 +394,6 @@ def _safetensors_part(folder: Path, stem: str, names: Mapping[str, str]) -> Part
 
 def _pth_part(file: Path) -> Part:
     return Part(file, {}, {n: TensorInfo(n, n, s, d, file) for n, (d, s) in read_pth_header(file).items()})
-
-
-# --- names ----------------------------------------------------------------------------------------------------------
-
-_ATTENTION_NAMES = {
-    r"attn1\.": "self_attn.",
-    r"attn2\.": "cross_attn.",
-    r"\.to_([qkv])\.": r".\1.",
-    r"\.to_out\.0\.": ".o.",
-}
-_DIT_NAMES = {
-    r"^condition_embedder\.text_embedder\.linear_1\.": "text_embedding.0.",
-    r"^condition_embedder\.text_embedder\.linear_2\.": "text_embedding.2.",
-    r"^condition_embedder\.time_embedder\.linear_1\.": "time_embedding.0.",
-    r"^condition_embedder\.time_embedder\.linear_2\.": "time_embedding.2.",
-    r"^condition_embedder\.time_proj\.": "time_projection.1.",
-    r"^condition_embedder\.image_embedder\.norm1\.": "img_emb.proj.0.",
-    r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.": "img_emb.proj.1.",
-    r"^condition_embedder\.image_embedder\.ff\.net\.2\.": "img_emb.proj.3.",
-    r"^condition_embedder\.image_embedder\.norm2\.": "img_emb.proj.4.",
-    r"^condition_embedder\.image_embedder\.pos_embed$": "img_emb.emb_pos",
-    r"^scale_shift_table$": "head.modulation",
-    r"^proj_out\.": "head.head.",
-    r"\.scale_shift_table$": ".modulation",
-    r"^((?:vace_)?blocks\.\d+)\.norm2\.": r"\1.norm3.",
-    **_ATTENTION_NAMES,
-    r"\.add_([kv])_proj\.": r".\1_img.",
-    r"\.norm_added_k\.": ".norm_k_img.",
-    r"\.ffn\.net\.0\.proj\.": ".ffn.0.",
-    r"\.ffn\.net\.2\.": ".ffn.2.",
-    r"^(vace_blocks\.\d+)\.proj_in\.": r"\1.before_proj.",
-    r"^(vace_blocks\.\d+)\.proj_out\.": r"\1.after_proj.",
-}
-_VAE_NAMES = {
-    r"^quant_conv\.": "conv1.",
-    r"^post_quant_conv\.": "conv2.",
-    r"\.conv_in\.": ".conv1.",
-    r"\.norm_out\.": ".head.0.",
-    r"\.conv_out\.": ".head.2.",
-    r"\.mid_block\.attentions\.0\.": ".middle.1.",
-    r"\.mid_block\.resnets\.(\d)\.": lambda m: f".middle.{2 * int(m[1])}.",
-    r"\.conv_shortcut\.": ".shortcut.",
-    r"(\d)\.norm1\.": r"\1.residual.0.",
-    r"(\d)\.conv1\.": r"\1.residual.2.",
-    r"(\d)\.norm2\.": r"\1.residual.3.",
-    r"(\d)\.conv2\.": r"\1.residual.6.",
-}
-_VAE21_NAMES = {
-    r"\.down_blocks\.": ".downsamples.",
-    r"\.up_blocks\.(\d)\.resnets\.(\d)\.": lambda m: f".upsamples.{4 * int(m[1]) + int(m[2])}.",
-    r"\.up_blocks\.(\d)\.upsamplers\.0\.": lambda m: f".upsamples.{4 * int(m[1]) + 3}.",
-    **_VAE_NAMES,
-}
-_VAE22_NAMES = {
-    r"\.down_blocks\.(\d)\.resnets\.": r".downsamples.\1.downsamples.",
-    r"\.down_blocks\.(\d)\.downsampler\.": r".downsamples.\1.downsamples.2.",
-    r"\.up_blocks\.(\d)\.resnets\.": r".upsamples.\1.upsamples.",
-    r"\.up_blocks\.(\d)\.upsampler\.": r".upsamples.\1.upsamples.3.",
-    **_VAE_NAMES,
-}
-_TEXT_NAMES = {
-    r"^encoder\.embed_tokens\.weight$": None,  # the same tensor as `shared`
-    r"^shared\.": "token_embedding.",
-    r"^encoder\.final_layer_norm\.": "norm.",
-    r"^encoder\.block\.(\d+)\.layer\.0\.layer_norm\.": r"blocks.\1.norm1.",
-    r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.": r"blocks.\1.pos_embedding.embedding.",
-    r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.": r"blocks.\1.attn.",
-    r"^encoder\.block\.(\d+)\.layer\.1\.layer_norm\.": r"blocks.\1.norm2.",
-    r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.": r"blocks.\1.ffn.gate.0.",
-    r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.": r"blocks.\1.ffn.fc1.",
-    r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.": r"blocks.\1.ffn.fc2.",
-}
-
-
-def native_name(stored: str, names: Mapping[str, Any]) -> str | None:
-    """Rename a tensor by the rules that match, in order; None where it repeats another tensor."""
-    for pattern, replacement in names.items():
-        if replacement is None:
-            if re.search(pattern, stored):
-                return None
-        else:
-            stored = re.sub(pattern, replacement, stored)
-    return stored
 
 
 # --- loading --------------------------------------------------------------------------------------------------------

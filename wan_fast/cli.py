@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 2 the request cannot be carried out, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        name, command = _command(words)
-        return command(words[1:]) if name else 0
+        return _command(words)(words[1:])
     except WanFastError as error:
         line = " ".join(str(error).split())
         print(f"wan-fast: error: {line}", file=sys.stderr)
@@ -39,46 +38,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nwan-fast: interrupted, nothing was written", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        return 141
 
 
-def _command(words: list[str]) -> tuple[str, Any]:
-    top = argparse.ArgumentParser(
-        prog="wan-fast",
-        description="Wan 2.1 and 2.2 video generation.",
-        epilog=f"Try: {_EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.error = lambda message: (_ for _ in ()).throw(WanFastError(message))  # type: ignore[assignment,method-assign]
-    top.add_argument("--version", action="version", version=f"wan-fast {wan_fast.__version__}")
+_COMMANDS = {
+    "run": "make one video (or picture) and write it",
+    "plan": "say what run would do, with the same flags, and do nothing",
+    "doctor": "say what this machine has, and what each operation would use",
+    "inspect": "say what a checkpoint is, and what it lacks",
+}
+
+
+def _command(words: list[str]) -> Callable[[Sequence[str]], int]:
+    """The function of the command named first; without one, the help."""
     commands = {"run": _run, "plan": _plan, "doctor": _doctor, "inspect": _inspect}
-    helps = {
-        "run": "make one video (or picture) and write it",
-        "plan": "say what run would do, with the same flags, and do nothing",
-        "doctor": "say what this machine has, and what each operation would use",
-        "inspect": "say what a checkpoint is, and what it lacks",
-    }
-    subparsers = top.add_subparsers(metavar="COMMAND")
-    for name, text in helps.items():
-        subparsers.add_parser(name, help=text, add_help=False)
     if words and words[0] in commands:
-        return words[0], commands[words[0]]
+        return commands[words[0]]
     if words and not words[0].startswith("-"):
-        from difflib import get_close_matches
-
         close = get_close_matches(words[0], commands, 1)
         raise WanFastError(f"unknown command {words[0]!r}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+    top = Parser("wan-fast", "Wan 2.1 and 2.2 video generation.", f"Try: {_EXAMPLE}")
+    top.add_argument("--version", action="version", version=f"wan-fast {wan_fast.__version__}")
+    subparsers = top.add_subparsers(metavar="COMMAND", parser_class=argparse.ArgumentParser)
+    for name, text in _COMMANDS.items():
+        subparsers.add_parser(name, help=text)
     top.parse_args(words or ["--help"])
     raise WanFastError("no command given; see wan-fast --help")
+
+
+def _parser(name: str, epilog: str = "") -> Parser:
+    return Parser(f"wan-fast {name}", _COMMANDS[name].capitalize() + ".", epilog)
 
 
 # --- run and plan -----------------------------------------------------------------------------------------------------
 
 
-def _run_parser(name: str, description: str) -> Parser:
-    parser = Parser(prog=f"wan-fast {name}", description=description, epilog=f"Example: {_EXAMPLE}")
+def _run_parser(name: str) -> Parser:
+    parser = _parser(name, f"Example: {_EXAMPLE}")
     for cls in (EngineConfig, Request, Output):
         add_options(parser, cls)
     add_not_yet(parser)
@@ -92,7 +87,7 @@ def _options(parsed: argparse.Namespace) -> tuple[EngineConfig, Request, Output]
 
 
 def _run(words: Sequence[str]) -> int:
-    parser = _run_parser("run", "Make one video (or picture) and write it.")
+    parser = _run_parser("run")
     config, request, output = _options(parser.parse_args(words))
     todo = wan_fast.plan(config, request)
     target = _check_outputs(output, todo)
@@ -127,7 +122,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _plan(words: Sequence[str]) -> int:
-    parser = _run_parser("plan", "Say what `wan-fast run` would do with the same flags, and do nothing.")
+    parser = _run_parser("plan")
     parser.add_argument("--json", action="store_true", help="for machines")
     parsed = parser.parse_args(words)
     config, request, output = _options(parsed)
@@ -160,7 +155,6 @@ def _plan(words: Sequence[str]) -> int:
 def _say_plan(todo: Plan) -> None:
     """The few lines a person wants to see before it starts."""
     config, request, opened = todo.config, todo.request, todo.checkpoint
-    assert request.size is not None
     if opened is None:
         print(f"checkpoint  {config.checkpoint or config.spec.hub_id}, to be downloaded; planned with the released sizes")
     else:
@@ -169,9 +163,7 @@ def _say_plan(todo: Plan) -> None:
         if opened.note:
             print(f"note        {opened.note}")
     print(f"device      {todo.device.name}: {todo.device.model}, {todo.dtype}, {_gib(todo.memory.budget)} to use")
-    guidance = request.guidance_scale
-    assert isinstance(guidance, tuple)
-    scale = f"{guidance[0]:g}" if guidance[0] == guidance[1] else f"{guidance[0]:g},{guidance[1]:g}"
+    scale = ",".join(f"{value:g}" for value in dict.fromkeys(request.guidance_scale))
     print(
         f"video       {request.size[0]}x{request.size[1]}, {request.num_frames} frames at {request.fps:g} fps; "
         f"{request.num_steps} steps of {request.solver}, shift {request.shift:g}, guidance {scale}, "
@@ -189,7 +181,6 @@ def _check_outputs(output: Output, todo: Plan) -> Path:
     from wan_fast import video
 
     request, spec = todo.request, todo.config.spec
-    assert request.num_frames is not None and request.prompt is not None and request.size is not None
     if output.save_file is not None:
         target = Path(output.save_file)
     else:
@@ -205,8 +196,6 @@ def _check_outputs(output: Output, todo: Plan) -> Path:
 
 class _Bars:
     """One progress bar per stage, with the time left."""
-
-    _UNITS = {"load": "B", "denoise": "step", "decode": "frame"}
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
@@ -227,7 +216,7 @@ class _Bars:
             from tqdm import tqdm
 
             self.__exit__()
-            unit = self._UNITS.get(stage, "it")
+            unit = {"load": "B", "denoise": "step", "decode": "frame"}.get(stage, "it")
             self.bar = tqdm(total=total, desc=f"{stage:8s}", unit=unit, unit_scale=unit == "B", dynamic_ncols=True)
             self.stage = stage
         self.bar.update(done - self.bar.n)
@@ -237,7 +226,7 @@ class _Bars:
 
 
 def _doctor(words: Sequence[str]) -> int:
-    parser = Parser(prog="wan-fast doctor", description="Say what this machine has, and what each operation would use.")
+    parser = _parser("doctor")
     parser.add_argument("--json", action="store_true", help="for machines")
     parsed = parser.parse_args(words)
     from wan_fast.doctor import report
@@ -253,7 +242,7 @@ def _doctor(words: Sequence[str]) -> int:
 
 
 def _inspect(words: Sequence[str]) -> int:
-    parser = Parser(prog="wan-fast inspect", description="Say what a checkpoint is, and what it lacks.")
+    parser = _parser("inspect")
     parser.add_argument("checkpoint", metavar="CKPT", help="folder, hub id in the local cache, or tiny")
     parser.add_argument("--json", action="store_true", help="for machines")
     parsed = parser.parse_args(words)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wan_fast.config import Request
+from wan_fast.config import Resolved
 from wan_fast.tasks import PATCH
 from wan_fast.video import read_image
 
@@ -41,29 +41,27 @@ class Encoders(Protocol):
     def encode_video(self, video: Tensor) -> Tensor: ...
 
 
-def prepare_text(request: Request, encoders: Encoders) -> Conditioning:
+def prepare_text(request: Resolved, encoders: Encoders) -> Conditioning:
     return Conditioning(text=encoders.encode_text(_texts(request)))
 
 
-def prepare_text_image(request: Request, encoders: Encoders) -> Conditioning:
+def prepare_text_image(request: Resolved, encoders: Encoders) -> Conditioning:
     """TI2V: a picture becomes the clip's first latent frame, kept as it is and shown to the model at timestep 0."""
     text = encoders.encode_text(_texts(request))
     if request.image is None:
         return Conditioning(text=text)
-    assert request.size is not None
     known = encoders.encode_video(cover(Path(request.image), request.size))
     frames, height, width = known.shape[-3:]
     return Conditioning(text=text, known=known, split=frames * (height // PATCH[1]) * (width // PATCH[2]))
 
 
-PREPARE: dict[str, Callable[[Request, Encoders], Conditioning]] = {
+PREPARE: dict[str, Callable[[Resolved, Encoders], Conditioning]] = {
     "text": prepare_text,
     "text_image": prepare_text_image,
 }
 
 
-def _texts(request: Request) -> dict[str, str]:
-    assert request.prompt is not None and request.negative_prompt is not None
+def _texts(request: Resolved) -> dict[str, str]:
     return {"conditional": request.prompt, "unconditional": request.negative_prompt}
 
 

@@ -10,7 +10,7 @@ import math
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -157,7 +157,10 @@ class Request:
     solver: Literal["unipc", "dpm++", "euler"] = option("unipc", "solver of the flow", "--sample_solver", "--solver")
     seed: int | None = option(None, "seed of the noise; negative: drawn, and printed", "--base_seed", "--seed")
     noise: str | None = option(
-        None, "start from the tensor 'noise' [C, T, H, W] of this file instead of the seed", "--noise", unit="SAFETENSORS"
+        None,
+        "start from the tensor 'noise' [C, T, H, W] of this file instead of the seed",
+        "--noise",
+        unit="SAFETENSORS",
     )
 
     def __post_init__(self) -> None:
@@ -173,9 +176,8 @@ class Request:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise WanFastError(f"{flag} must be a positive number, got {value}")
-        for value in _pair(self.guidance_scale) or ():
-            if not math.isfinite(value):
-                raise WanFastError(f"--sample_guide_scale must be finite, got {self.guidance_scale}")
+        if self.guidance_scale is not None and not all(map(math.isfinite, _pair(self.guidance_scale))):
+            raise WanFastError(f"--sample_guide_scale must be finite, got {self.guidance_scale}")
         _check_choice(self, "solver", "unipc", "dpm++", "euler")
         if self.seed is not None and self.seed >= 2**63:
             raise WanFastError(f"--base_seed must be below 2**63, got {self.seed}")
@@ -183,6 +185,21 @@ class Request:
             path = getattr(self, name)
             if path is not None and not Path(path).is_file():
                 raise WanFastError(f"--{name} {str(path)!r} is not a file; check the path")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved(Request):
+    """A request that leaves nothing open; `size` is still an area where there is a picture, until the plan settles it."""
+
+    prompt: str
+    negative_prompt: str
+    size: tuple[int, int]
+    num_frames: int
+    fps: float
+    num_steps: int
+    shift: float
+    guidance_scale: tuple[float, float]
+    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,48 +221,49 @@ class Output:
     quiet: bool = option(False, "no progress bars", "--quiet")
 
 
-def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -> Request:
-    """Fill every None of `request` from the checkpoint's own `defaults`, then from the task, and check it against the task.
-
-    `size` stays what the user gave: with a picture it is an area, whose shape the picture decides.
+def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -> Resolved:
+    """Fill what `request` leaves open from the checkpoint's own `defaults`, then from the task; hold it against the task.
 
     Raises:
         WanFastError: the request does not fit the task.
     """
-    for name in ("image",):
-        if getattr(request, name) is not None and name not in spec.takes:
-            fit = " ".join(s.name for s in TASKS.values() if name in s.takes)
-            raise WanFastError(f"task {spec.name} takes no --{name} (given {getattr(request, name)!r}); tasks that do: {fit}")
+    if request.image is not None and "image" not in spec.takes:
+        fit = " ".join(name for name, other in TASKS.items() if "image" in other.takes)
+        raise WanFastError(f"task {spec.name} takes no --image (given {request.image!r}); tasks that do: {fit}")
     if not (request.prompt or "").strip():
         raise WanFastError(f'task {spec.name} needs a prompt, got none; add --prompt "..."')
-    chosen = {name: _first(getattr(request, name), defaults and getattr(defaults, name)) for name in _DEFAULTED}
-    size = chosen["size"] or spec.default_size
-    guidance = _pair(_first(chosen["guidance_scale"], spec.guidance_scale))
-    assert guidance is not None
-    if spec.boundary is None and guidance[0] != guidance[1]:
-        raise WanFastError(
-            f"task {spec.name} has one expert and takes one guidance scale, got {guidance}; give --sample_guide_scale one number"
-        )
-    num_frames = _first(chosen["num_frames"], spec.num_frames)
-    if spec.image_only and num_frames != 1:
-        raise WanFastError(f"task {spec.name} makes one picture, got --frame_num {num_frames}; leave it out")
+
+    def chosen(name: str, last: Any) -> Any:
+        values = (getattr(request, name), defaults and getattr(defaults, name), last)
+        return next(value for value in values if value is not None)
+
+    size = chosen("size", spec.default_size)
+    is_480p = spec.shift_480p is not None and tuple(sorted(size)) == (480, 832)
+    resolved = Resolved(
+        **{
+            **{f.name: getattr(request, f.name) for f in fields(request)},
+            "size": size,
+            "num_frames": chosen("num_frames", spec.num_frames),
+            "fps": chosen("fps", spec.fps),
+            "num_steps": chosen("num_steps", spec.num_steps),
+            "shift": chosen("shift", spec.shift_480p if is_480p else spec.shift),
+            "guidance_scale": _pair(chosen("guidance_scale", spec.guidance_scale)),
+            "negative_prompt": chosen("negative_prompt", spec.negative_prompt),
+            "seed": with_seed(request).seed,
+        }
+    )
+    low, high = resolved.guidance_scale
+    if spec.boundary is None and low != high:
+        raise WanFastError(f"task {spec.name} has one expert, got two guidance scales ({low:g},{high:g}); give one number")
+    if spec.image_only and resolved.num_frames != 1:
+        raise WanFastError(f"task {spec.name} makes one picture, got --frame_num {resolved.num_frames}; leave it out")
     grid = spec.vae_spec.grid
     if request.image is None and (size[0] % grid or size[1] % grid):
         near = "*".join(str(max(grid, round(side / grid) * grid)) for side in size)
         raise WanFastError(
             f"--size {size[0]}*{size[1]} is not on the {grid}-pixel grid of {spec.name}; the nearest that is: {near}"
         )
-    shift = spec.shift_480p if spec.shift_480p is not None and tuple(sorted(size)) == (480, 832) else spec.shift
-    return replace(
-        request,
-        size=size,
-        num_frames=num_frames,
-        guidance_scale=guidance,
-        fps=_first(chosen["fps"], spec.fps),
-        num_steps=_first(chosen["num_steps"], spec.num_steps),
-        shift=_first(chosen["shift"], shift),
-        negative_prompt=_first(chosen["negative_prompt"], spec.negative_prompt),
-    )
+    return resolved
 
 
 def with_seed(request: Request) -> Request:
@@ -255,16 +273,7 @@ def with_seed(request: Request) -> Request:
     return replace(request, seed=random.randrange(2**31))
 
 
-_DEFAULTED = ("size", "num_frames", "fps", "num_steps", "shift", "guidance_scale", "negative_prompt")
-
-
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
-
-
-def _pair(scale: float | tuple[float, float] | None) -> tuple[float, float] | None:
-    if scale is None:
-        return None
+def _pair(scale: float | tuple[float, float]) -> tuple[float, float]:
     return (float(scale), float(scale)) if isinstance(scale, (int, float)) else (float(scale[0]), float(scale[1]))
 
 

@@ -110,7 +110,5 @@ def _torch_cuda() -> str | None:
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    match = re.search(
-        r"^cuda\b.*= *['\"]([\d.]+)['\"]", (Path(spec.origin).parent / "version.py").read_text(), re.MULTILINE
-    )
+    match = re.search(r"^cuda\b.*= *['\"]([\d.]+)['\"]", (Path(spec.origin).parent / "version.py").read_text(), re.MULTILINE)
     return match[1] if match else None

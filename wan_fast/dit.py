@@ -10,7 +10,7 @@ other linears and attention run in the compute dtype, which is that of their wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from wan_fast.tasks import PATCH
 
 Grid = tuple[int, int, int]
 KeysValues = tuple[Tensor, Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -47,7 +48,7 @@ class WanDiT(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(dims.text_dim, D), nn.GELU("tanh"), nn.Linear(D, D))
         self.time_embedding = nn.Sequential(nn.Linear(dims.freq_dim, D), nn.SiLU(), nn.Linear(D, D))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
-        self.blocks = nn.ModuleList(Block(dims, attention) for _ in range(dims.num_layers))
+        self.blocks: Iterable[Block] = nn.ModuleList(Block(dims, attention) for _ in range(dims.num_layers))  # type: ignore[assignment]
         self.head = Head(dims)
 
     def forward(self, latents: Tensor, timestep: Tensor, context: Context, *, split: int = 0) -> Tensor:
@@ -81,7 +82,7 @@ class WanDiT(nn.Module):
         """
         if max(t.shape[0] for t in text) > self.dims.text_len:
             raise ValueError(f"the model takes {self.dims.text_len} text tokens, got {[t.shape[0] for t in text]}")
-        dtype = self.text_embedding[0].weight.dtype
+        dtype = self.patch_embedding.weight.dtype
         padded = torch.stack([F.pad(t, (0, 0, 0, self.dims.text_len - t.shape[0])) for t in text])
         text_tokens = self.text_embedding(padded.to(dtype))  # [B, S, D]
         return Context(
@@ -107,14 +108,12 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(dims, attention)
         self.norm3 = nn.LayerNorm(dims.dim, dims.eps)
         self.cross_attn = CrossAttention(dims, attention)
-        self.ffn = nn.Sequential(
-            nn.Linear(dims.dim, dims.ffn_dim), nn.GELU("tanh"), nn.Linear(dims.ffn_dim, dims.dim)
-        )
+        self.ffn = nn.Sequential(nn.Linear(dims.dim, dims.ffn_dim), nn.GELU("tanh"), nn.Linear(dims.ffn_dim, dims.dim))
 
     def forward(self, x: Tensor, modulation: Tensor, split: int, rotation: Tensor, keys_values: KeysValues) -> Tensor:
         """x: [B, L, D] fp32, changed in place; modulation: [B, R, 6, D] fp32; the rest as in `WanDiT.forward`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unbind(2)
-        dtype = self.ffn[0].weight.dtype
+        dtype = self.self_attn.q.weight.dtype
         y = adaln_modulate(x, shift1, scale1, split, self.eps).to(dtype)
         x = gated_residual(x, self.self_attn(y, rotation), gate1, split)
         x += self.cross_attn(self.norm3(x).to(dtype), keys_values)

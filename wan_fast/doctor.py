@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
@@ -10,7 +11,10 @@ import wan_fast
 from wan_fast.device import describe, gpu_list
 from wan_fast.planning import kernel_plan
 
-_NEEDED = ("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub", "av", "pillow", "numpy", "tqdm", "ftfy")  # fmt: skip
+_NEEDED = (
+    *("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
+    *("av", "pillow", "numpy", "tqdm", "ftfy"),
+)
 _OPTIONAL = ("flash-attn", "xformers", "nvidia-modelopt", "cupy-cuda13x", "diffusers")
 
 
@@ -45,9 +49,7 @@ def _version(package: str, otherwise: str) -> str:
 def _extension() -> str:
     if find_spec("wan_fast._cuda") is None:
         return "absent: it is built when nvcc and CMake are there during the install; kernels come from Triton"
-    from wan_fast import _cuda
-
-    return "built for " + " ".join(_cuda.architectures())
+    return "built for " + " ".join(import_module("wan_fast._cuda").architectures())
 
 
 def _kernels() -> dict[str, str]:

@@ -18,7 +18,7 @@ from wan_fast import manifest, video
 from wan_fast.attention import backend as attention_backend
 from wan_fast.checkpoint import Part
 from wan_fast.conditioning import PREPARE, Conditioning
-from wan_fast.config import EngineConfig, Request, WanFastError, with_seed
+from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.dit import Context, WanDiT, grid_of
 from wan_fast.encoders import TextEncoder, Tokenizer
 from wan_fast.kernels import frames_to_uint8
@@ -103,7 +103,7 @@ class Engine:
         Raises:
             WanFastError: the request does not fit the task or the device.
         """
-        todo = self.plan(with_seed(request))
+        todo = self.plan(request)
         progress = on_progress or _silent
         self.seconds = {"load": self.seconds.get("load", 0.0)}
         self._reset_peak()
@@ -116,7 +116,6 @@ class Engine:
                 latents = self._denoise(todo, conditioning, on_step, progress)
             with self._stage("decode"):
                 frames = self._decode(todo, latents, on_frames, progress)
-        assert todo.request.fps is not None
         return Video(frames=frames, latents=latents.cpu(), fps=todo.request.fps, stats=self._stats(todo))
 
     def encode_text(self, texts: Mapping[str, str]) -> Mapping[str, Tensor]:
@@ -156,10 +155,7 @@ class Engine:
         finally:
             self._expert(None)
 
-    def _decode(
-        self, todo: Plan, latents: Tensor, on_frames: Callable[[Tensor], None] | None, progress: Progress
-    ) -> Tensor:
-        assert todo.request.size is not None and todo.request.num_frames is not None
+    def _decode(self, todo: Plan, latents: Tensor, on_frames: Callable[[Tensor], None] | None, progress: Progress) -> Tensor:
         width, height = todo.request.size
         frames = torch.empty(todo.request.num_frames, height, width, 3, dtype=torch.uint8)
         done = 0
@@ -179,7 +175,6 @@ class Engine:
             from safetensors.torch import load_file
 
             return load_file(todo.request.noise)["noise"].float().to(self.device)
-        assert todo.request.seed is not None
         generator = torch.Generator(self.device).manual_seed(todo.request.seed)
         return torch.randn(todo.latent_shape, generator=generator, device=self.device)
 
@@ -326,14 +321,13 @@ def _memory_guard(todo: Plan) -> Iterator[None]:
     """Turn an allocator's refusal into one line with the plan's numbers."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
-                raise
-        stages = ", ".join(f"{stage} {count / GIB:.2f} GiB" for stage, count in todo.memory.peak.items())
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        peaks = ", ".join(f"{stage} {count / GIB:.2f} GiB" for stage, count in todo.memory.peak.items())
         raise WanFastError(
-            f"out of memory on {todo.device.name}: the plan expected peaks of {stages} within {todo.memory.budget / GIB:.2f} GiB; "
-            "free memory, take a smaller --size or --frame_num, or set --vram to what is free"
+            f"out of memory on {todo.device.name}: the plan expected peaks of {peaks} "
+            f"within {todo.memory.budget / GIB:.2f} GiB; free memory, take a smaller --size or --frame_num, or set --vram to what is free"
         ) from error
 
 

@@ -35,8 +35,8 @@ _NOT_YET: dict[str, tuple[bool, tuple[str, ...]]] = {
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and takes every flag with dashes or underscores."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, formatter_class=_Help, **options)
+    def __init__(self, prog: str, description: str, epilog: str = "") -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Help)
 
     def error(self, message: str) -> NoReturn:
         raise WanFastError(message)

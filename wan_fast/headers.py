@@ -41,7 +41,9 @@ def read_safetensors_header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError) as error:
         raise WanFastError(f"{str(file)!r} is not a whole safetensors file ({error}); download it again") from error
     if size != 8 + length + end:
-        raise WanFastError(f"{str(file)!r} is truncated: {size:,} bytes, its header promises {8 + length + end:,}; download it again")
+        raise WanFastError(
+            f"{str(file)!r} is truncated: {size:,} bytes, its header promises {8 + length + end:,}; download it again"
+        )
     return tensors
 
 

@@ -118,9 +118,7 @@ class VaeDims:
 
     @classmethod
     def of_spec(cls, spec: VaeSpec) -> VaeDims:
-        return cls(
-            version=spec.version, encoder_dim=spec.encoder_dim, decoder_dim=spec.decoder_dim, channels=spec.channels
-        )
+        return cls(version=spec.version, encoder_dim=spec.encoder_dim, decoder_dim=spec.decoder_dim, channels=spec.channels)
 
     @classmethod
     def of_shapes(cls, shapes: Shapes) -> VaeDims:
@@ -164,9 +162,7 @@ def vae_shapes(dims: VaeDims) -> dict[str, tuple[int, ...]]:
         flat = 0
         for level in range(4):
             count = per_level + (level < 3)
-            yield [
-                f"{part}.{level}.{part.split('.')[1]}.{i}" if nested else f"{part}.{flat + i}" for i in range(count)
-            ]
+            yield [f"{part}.{level}.{part.split('.')[1]}.{i}" if nested else f"{part}.{flat + i}" for i in range(count)]
             flat += count
 
     conv("conv1", 2 * z, 2 * z, 1, 1, 1)

@@ -17,7 +17,7 @@ from typing import Any
 from wan_fast import checkpoint as checkpoints
 from wan_fast import manifest
 from wan_fast.checkpoint import Checkpoint
-from wan_fast.config import EngineConfig, Request, WanFastError, resolve
+from wan_fast.config import EngineConfig, Request, Resolved, WanFastError, resolve
 from wan_fast.device import Device, describe
 from wan_fast.headers import read_safetensors_header
 from wan_fast.steps import Step, step_plan
@@ -53,7 +53,7 @@ class Plan:
     """What a run will do. `request` has every default filled in; `size` is final, in pixels."""
 
     config: EngineConfig
-    request: Request
+    request: Resolved
     device: Device
     dtype: str
     checkpoint: Checkpoint | None
@@ -106,23 +106,23 @@ def plan(config: EngineConfig, request: Request) -> Plan:
     opened = checkpoints.open_checkpoint(path) if path else None
     if opened:
         checkpoints.check(opened, spec)
-    request = resolve(spec, request, Request(**opened.defaults) if opened and opened.defaults else None)
+    todo = resolve(spec, request, Request(**opened.defaults) if opened and opened.defaults else None)
     warnings = []
-    if request.image is not None:
-        request = replace(request, size=best_size(request.size, image_size(Path(request.image)), spec.vae_spec.grid))
-    elif request.size not in (*spec.sizes, opened.defaults.get("size") if opened else None):
+    if todo.image is not None:
+        todo = replace(todo, size=best_size(todo.size, image_size(Path(todo.image)), spec.vae_spec.grid))
+    elif todo.size not in (*spec.sizes, opened.defaults.get("size") if opened else None):
         known = " ".join(f"{w}*{h}" for w, h in spec.sizes)
-        warnings.append(f"{spec.name} was not trained for {request.size[0]}*{request.size[1]}; it was for {known}")
-    latent_shape = spec.vae_spec.latent_shape(request.size, request.num_frames)
-    if request.noise is not None:
-        _check_noise(Path(request.noise), latent_shape)
+        warnings.append(f"{spec.name} was not trained for {todo.size[0]}*{todo.size[1]}; it was for {known}")
+    latent_shape = spec.vae_spec.latent_shape(todo.size, todo.num_frames)
+    if todo.noise is not None:
+        _check_noise(Path(todo.noise), latent_shape)
     tokens = prod(latent_shape[1:]) // prod(PATCH)
-    steps = step_plan(spec, request.solver, request.num_steps, request.shift, request.guidance_scale)
+    steps = step_plan(spec, todo.solver, todo.num_steps, todo.shift, todo.guidance_scale)
     models = _Models.of(spec, opened)
-    memory = _memory_plan(config, models, device, dtype, latent_shape, request)
+    memory = _memory_plan(config, models, device, dtype, latent_shape, todo)
     return Plan(
         config=config,
-        request=request,
+        request=todo,
         device=device,
         dtype=dtype,
         checkpoint=opened,
@@ -131,7 +131,7 @@ def plan(config: EngineConfig, request: Request) -> Plan:
         steps=steps,
         memory=memory,
         kernels=kernels,
-        flops=_flops(models, steps, latent_shape, tokens, request),
+        flops=_flops(models, steps, latent_shape, tokens, todo),
         warnings=tuple(warnings),
     )
 
@@ -175,9 +175,7 @@ class _Models:
             return cls(experts=dict.fromkeys(spec.experts, dims), text=text, vae=manifest.VaeDims.of_spec(spec.vae_spec))
         assert opened.text_encoder and opened.vae  # checked
         experts = {name: manifest.DiTDims.of_shapes(part.shapes, part.config) for name, part in opened.experts.items()}
-        return cls(
-            experts=experts, text=opened.text_encoder.shapes, vae=manifest.VaeDims.of_shapes(opened.vae.shapes)
-        )
+        return cls(experts=experts, text=opened.text_encoder.shapes, vae=manifest.VaeDims.of_shapes(opened.vae.shapes))
 
 
 def _memory_plan(

@@ -1,0 +1,91 @@
+"""Tensor names: from those of the Diffusers layout to the native ones, by rules. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# pattern -> replacement, as re.sub takes it; None drops the tensor
+Rules = Mapping[str, Any]
+
+
+ATTENTION_NAMES: Rules = {
+    r"attn1\.": "self_attn.",
+    r"attn2\.": "cross_attn.",
+    r"\.to_([qkv])\.": r".\1.",
+    r"\.to_out\.0\.": ".o.",
+}
+DIT_NAMES: Rules = {
+    r"^condition_embedder\.text_embedder\.linear_1\.": "text_embedding.0.",
+    r"^condition_embedder\.text_embedder\.linear_2\.": "text_embedding.2.",
+    r"^condition_embedder\.time_embedder\.linear_1\.": "time_embedding.0.",
+    r"^condition_embedder\.time_embedder\.linear_2\.": "time_embedding.2.",
+    r"^condition_embedder\.time_proj\.": "time_projection.1.",
+    r"^condition_embedder\.image_embedder\.norm1\.": "img_emb.proj.0.",
+    r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.": "img_emb.proj.1.",
+    r"^condition_embedder\.image_embedder\.ff\.net\.2\.": "img_emb.proj.3.",
+    r"^condition_embedder\.image_embedder\.norm2\.": "img_emb.proj.4.",
+    r"^condition_embedder\.image_embedder\.pos_embed$": "img_emb.emb_pos",
+    r"^scale_shift_table$": "head.modulation",
+    r"^proj_out\.": "head.head.",
+    r"\.scale_shift_table$": ".modulation",
+    r"^((?:vace_)?blocks\.\d+)\.norm2\.": r"\1.norm3.",
+    **ATTENTION_NAMES,
+    r"\.add_([kv])_proj\.": r".\1_img.",
+    r"\.norm_added_k\.": ".norm_k_img.",
+    r"\.ffn\.net\.0\.proj\.": ".ffn.0.",
+    r"\.ffn\.net\.2\.": ".ffn.2.",
+    r"^(vace_blocks\.\d+)\.proj_in\.": r"\1.before_proj.",
+    r"^(vace_blocks\.\d+)\.proj_out\.": r"\1.after_proj.",
+}
+_VAE_NAMES: Rules = {
+    r"^quant_conv\.": "conv1.",
+    r"^post_quant_conv\.": "conv2.",
+    r"\.conv_in\.": ".conv1.",
+    r"\.norm_out\.": ".head.0.",
+    r"\.conv_out\.": ".head.2.",
+    r"\.mid_block\.attentions\.0\.": ".middle.1.",
+    r"\.mid_block\.resnets\.(\d)\.": lambda m: f".middle.{2 * int(m[1])}.",
+    r"\.conv_shortcut\.": ".shortcut.",
+    r"(\d)\.norm1\.": r"\1.residual.0.",
+    r"(\d)\.conv1\.": r"\1.residual.2.",
+    r"(\d)\.norm2\.": r"\1.residual.3.",
+    r"(\d)\.conv2\.": r"\1.residual.6.",
+}
+VAE21_NAMES: Rules = {
+    r"\.down_blocks\.": ".downsamples.",
+    r"\.up_blocks\.(\d)\.resnets\.(\d)\.": lambda m: f".upsamples.{4 * int(m[1]) + int(m[2])}.",
+    r"\.up_blocks\.(\d)\.upsamplers\.0\.": lambda m: f".upsamples.{4 * int(m[1]) + 3}.",
+    **_VAE_NAMES,
+}
+VAE22_NAMES: Rules = {
+    r"\.down_blocks\.(\d)\.resnets\.": r".downsamples.\1.downsamples.",
+    r"\.down_blocks\.(\d)\.downsampler\.": r".downsamples.\1.downsamples.2.",
+    r"\.up_blocks\.(\d)\.resnets\.": r".upsamples.\1.upsamples.",
+    r"\.up_blocks\.(\d)\.upsampler\.": r".upsamples.\1.upsamples.3.",
+    **_VAE_NAMES,
+}
+TEXT_NAMES: Rules = {
+    r"^encoder\.embed_tokens\.weight$": None,  # the same tensor as `shared`
+    r"^shared\.": "token_embedding.",
+    r"^encoder\.final_layer_norm\.": "norm.",
+    r"^encoder\.block\.(\d+)\.layer\.0\.layer_norm\.": r"blocks.\1.norm1.",
+    r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.": r"blocks.\1.pos_embedding.embedding.",
+    r"^encoder\.block\.(\d+)\.layer\.0\.SelfAttention\.": r"blocks.\1.attn.",
+    r"^encoder\.block\.(\d+)\.layer\.1\.layer_norm\.": r"blocks.\1.norm2.",
+    r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.": r"blocks.\1.ffn.gate.0.",
+    r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.": r"blocks.\1.ffn.fc1.",
+    r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.": r"blocks.\1.ffn.fc2.",
+}
+
+
+def native_name(stored: str, names: Rules) -> str | None:
+    """Rename a tensor by the rules that match, in order; None where it repeats another tensor."""
+    for pattern, replacement in names.items():
+        if replacement is None:
+            if re.search(pattern, stored):
+                return None
+        else:
+            stored = re.sub(pattern, replacement, stored)
+    return stored
