@@ -28,6 +28,7 @@ def gpu(monkeypatch, tmp_path):
     """Pretend to have a GPU of so many GiB; the plan must need no more of it than its description."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("wan_fast.kernels.backend", lambda *args: "triton")
+    monkeypatch.setattr("wan_fast.kernels.why_no_extension", lambda device: "not built")
 
     def pretend(gib, model="NVIDIA H100 80GB HBM3"):
         device = Device(name="cuda:0", model=model, memory=gib * GIB, free=gib * GIB, capability=(9, 0))

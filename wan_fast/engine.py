@@ -327,7 +327,8 @@ def _memory_guard(todo: Plan) -> Iterator[None]:
         peaks = ", ".join(f"{stage} {count / GIB:.2f} GiB" for stage, count in todo.memory.peak.items())
         raise WanFastError(
             f"out of memory on {todo.device.name}: the plan expected peaks of {peaks} "
-            f"within {todo.memory.budget / GIB:.2f} GiB; free memory, take a smaller --size or --frame_num, or set --vram to what is free"
+            f"within {todo.memory.budget / GIB:.2f} GiB; "
+            "free memory, take a smaller --size or --frame_num, or set --vram to what is free"
         ) from error
 
 

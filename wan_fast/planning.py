@@ -302,9 +302,11 @@ def kernel_plan(attention: str, device: Device, dtype: str) -> tuple[KernelChoic
     if device.type == "cpu":
         frames = KernelChoice(op="frames_to_uint8", backend="reference", why="the device is a CPU")
     else:
-        from wan_fast.kernels import backend
+        from wan_fast.kernels import backend, why_no_extension
 
-        frames = KernelChoice(op="frames_to_uint8", backend=backend(device.name, "frames_to_uint8"), why="built for this GPU")
+        chosen = backend(device.name, "frames_to_uint8")
+        why = "auto: the extension is built for this GPU" if chosen == "cuda" else f"auto: {why_no_extension(device.name)}"
+        frames = KernelChoice(op="frames_to_uint8", backend=chosen, why=why)
     return (
         _attention(attention, device, dtype),
         KernelChoice(op="linear", backend=f"torch {dtype}", why="the only one in this version"),
