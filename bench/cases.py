@@ -15,10 +15,12 @@ import torch
 from wan_fast.checkpoint import locate
 from wan_fast.config import EngineConfig, Request
 from wan_fast.dit import WanDiT, grid_of
-from wan_fast.engine import Engine, build_vae
+from wan_fast.engine import Engine
 from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
 from wan_fast.names import DIT_NAMES, VAE21_NAMES, VAE22_NAMES, native_name
+from wan_fast.planning import DECODE_CHUNKS
 from wan_fast.tasks import TASKS, VAES
+from wan_fast.vae import WanVAE
 
 Pair = tuple[Callable[[], torch.Tensor], Callable[[], torch.Tensor]]
 
@@ -80,13 +82,15 @@ def vae(dims: VaeDims, shape: tuple[int, ...], encode: bool) -> Pair:
         patch_size=2 if residual else None,
         scale_factor_spatial=spec.stride[1],
     ).eval()
-    ours = build_vae(dims)
+    ours = WanVAE(dims)
     names = VAE22_NAMES if residual else VAE21_NAMES
     ours.load_state_dict({native_name(n, names): t for n, t in theirs.state_dict().items()})
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (spec.mean, spec.std))
     if not encode:
         z = torch.randn(shape)
-        return lambda: ours.decode(z), lambda: theirs.decode(z[None] * std + mean, return_dict=False)[0][0]
+        return lambda: ours.decode(z, chunk=DECODE_CHUNKS[0]), lambda: theirs.decode(z[None] * std + mean, return_dict=False)[
+            0
+        ][0]
     frames, height, width = 4 * (shape[1] - 1) + 1, shape[2] * spec.stride[1], shape[3] * spec.stride[2]
     video = torch.rand(3, frames, height, width) * 2 - 1
     return (

@@ -138,8 +138,7 @@ def frames_to_uint8(frames: Tensor, *, rounding: bool = False) -> Tensor:
     """
     if frames.ndim != 4 or frames.shape[0] != 3:
         raise ValueError(
-            f"frames_to_uint8 wants frames [3, F, H, W], got {tuple(frames.shape)}; "
-            "convert the videos of a batch one by one"
+            f"frames_to_uint8 wants frames [3, F, H, W], got {tuple(frames.shape)}; convert the videos of a batch one by one"
         )
     if frames.dtype not in _DTYPES:
         raise ValueError(

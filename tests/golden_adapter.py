@@ -12,9 +12,10 @@ from wan_fast import checkpoint, manifest
 from wan_fast.config import EngineConfig, Request
 from wan_fast.dit import WanDiT, grid_of
 from wan_fast.encoders import TextEncoder, Tokenizer
-from wan_fast.engine import Engine, build_vae, load_model
+from wan_fast.engine import Engine, load_model
 from wan_fast.sampler import Solver
 from wan_fast.steps import Step, sigma_grid, solver_rows
+from wan_fast.vae import WanVAE
 
 TASK = {"t2v": "t2v-1.3B", "ti2v": "ti2v-5B", "t2v_A14B": "t2v-A14B"}
 FP32 = torch.float32
@@ -43,7 +44,7 @@ class Adapter:
 
     def _vae(self, ckpt):
         part = checkpoint.open_checkpoint(Path(ckpt)).vae
-        return load_model(lambda: build_vae(manifest.VaeDims.of_shapes(part.shapes)), part, "cpu", lambda name: FP32)
+        return load_model(lambda: WanVAE(manifest.VaeDims.of_shapes(part.shapes)), part, "cpu", lambda name: FP32)
 
     def scheduler(self, solver, steps, shift):
         return Scheduler(solver, steps, shift)

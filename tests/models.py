@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 from wan_fast.checkpoint import locate, open_checkpoint, read_tensors
 from wan_fast.dit import WanDiT
-from wan_fast.engine import build_vae
 from wan_fast.manifest import DiTDims, VaeDims
 from wan_fast.tasks import TASKS, VAES
+from wan_fast.vae import WanVAE
 
 
 def relative_error(actual, expected):
@@ -34,7 +34,7 @@ def random_vae(version, *, encoder_dim=8, decoder_dim=8, seed=0):
     """Seeded weights; gains around 1."""
     torch.manual_seed(seed)
     dims = VaeDims(version=version, encoder_dim=encoder_dim, decoder_dim=decoder_dim, channels=VAES[version].channels)
-    return build_vae(dims).requires_grad_(False).eval()
+    return WanVAE(dims).requires_grad_(False).eval()
 
 
 def write_native(folder, task, *, shards=1, dtype=torch.float32, layers=2, width=256):

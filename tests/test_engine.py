@@ -45,6 +45,20 @@ def test_what_comes_out(engine, tmp_path):
         video.save(tmp_path / "x.png")
 
 
+def test_the_caller_may_change_what_came_out(engine):
+    video = engine.generate(SMALL)
+    video.frames[0] = 0
+    video.latents.mul_(2)
+
+
+def test_an_engine_is_built_even_where_the_default_request_does_not_fit(tmp_path):
+    """150 MiB hold this small request, not the task's own 832x480 or 81 frames."""
+    config = EngineConfig(task="t2v-1.3B", checkpoint=str(write_native(tmp_path, "t2v-1.3B")), device="cpu", vram=150 * 2**20)
+    with pytest.raises(WanFastError, match="out of memory by plan"):
+        wan_fast.plan(config, Request(prompt="a"))
+    assert len(Engine(config).generate(Request(prompt="a", size=(32, 32), num_frames=5, num_steps=1)).frames) == 5
+
+
 def test_the_seed_decides(engine):
     one, two, other = (engine.generate(replace(SMALL, seed=seed)).latents for seed in (3, 3, 4))
     assert torch.equal(one, two) and not torch.equal(one, other)

@@ -89,9 +89,7 @@ def test_in_the_interpreter() -> None:
         # the same package as in this process, whatever the working directory
         "PYTHONPATH": str(Path(wan_fast.__file__).parents[1]),
     }
-    done = subprocess.run(
-        command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert re.search(rf"\b{len(CASES) * len(DTYPES)} passed", done.stdout), done.stdout[-1000:]
 

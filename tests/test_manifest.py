@@ -7,10 +7,10 @@ import torch
 from wan_fast import manifest
 from wan_fast.dit import WanDiT
 from wan_fast.encoders import TextEncoder
-from wan_fast.engine import build_vae
 from wan_fast.manifest import DiTDims, VaeDims
 from wan_fast.names import DIT_NAMES, TEXT_NAMES, VAE21_NAMES, VAE22_NAMES, native_name
 from wan_fast.tasks import TASKS, VAES
+from wan_fast.vae import WanVAE
 
 MANIFESTS = Path(__file__).parent / "manifests"
 COUNTS = {
@@ -46,7 +46,7 @@ def test_dit_has_exactly_the_released_tensors(task):
 def test_vae_has_exactly_the_released_tensors(version, count):
     dims = VaeDims.of_spec(VAES[version])
     with torch.device("meta"):
-        built = shapes_of(build_vae(dims))
+        built = shapes_of(WanVAE(dims))
     assert built == read(f"vae-{version}") == manifest.vae_shapes(dims)
     assert manifest.num_parameters(built) == count
     assert VaeDims.of_shapes(built) == dims

@@ -13,10 +13,11 @@ from wan_fast import planning
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import Device, describe
 from wan_fast.dit import WanDiT, grid_of
-from wan_fast.engine import Engine, build_vae
+from wan_fast.engine import Engine
 from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
 from wan_fast.planning import plan
-from wan_fast.tasks import TASKS
+from wan_fast.tasks import TASKS, VAES
+from wan_fast.vae import WanVAE
 
 GIB = 2**30
 FIVE = EngineConfig(task="ti2v-5B", checkpoint="nobody/nothing-here")
@@ -61,8 +62,10 @@ def test_offload_only_where_it_must(gpu):
 
 def test_refuses_with_numbers_and_ways_out(gpu):
     gpu(8)
-    with pytest.raises(WanFastError, match=r"stage text needs [\d.]+ GiB .* budget is 8.00 GiB; .*--t5_cpu"):
+    with pytest.raises(WanFastError, match=r"stage decode needs [\d.]+ GiB .* budget is 8.00 GiB; take a smaller --size"):
         plan(FIVE, CAT)
+    with pytest.raises(WanFastError, match=r"stage text needs [\d.]+ GiB .* budget is 8.00 GiB; add --t5_cpu"):
+        plan(FIVE, replace(CAT, size=(320, 320), num_frames=17))
     gpu(16)
     with pytest.raises(WanFastError, match="leave out --offload_model False"):
         plan(replace(FIVE, offload_model=False), CAT)
@@ -111,9 +114,9 @@ def test_denoising_memory_is_what_the_model_takes(task, dtype):
 @pytest.mark.parametrize(("version", "latents"), [("2.1", (16, 5, 60, 104)), ("2.2", (48, 5, 44, 80))])
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_decoding_memory_is_what_the_vae_takes(version, latents, chunk):
-    dims = VaeDims.of_spec(planning.VAES[version])
+    dims = VaeDims.of_spec(VAES[version])
     with torch.device("meta"):
-        vae = build_vae(dims).requires_grad_(False)
+        vae = WanVAE(dims).requires_grad_(False)
         z = torch.empty(latents)
 
         def decode():

@@ -12,8 +12,9 @@ from recipe import recipe_tensor, recipe_weights, uniform
 from torch import Tensor
 from torch.nn import functional as F
 
+from wan_fast.manifest import VaeDims
 from wan_fast.tasks import VAES
-from wan_fast.vae import Stream, WanVAE, causal_conv3d, patchify, unpatchify, widths_of
+from wan_fast.vae import Stream, WanVAE, causal_conv3d, patchify, unpatchify
 
 VERSIONS = ("2.1", "2.2")
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -36,7 +37,7 @@ def small_vae(version: str, *, encoder_dim: int = 8, decoder_dim: int = 12, chan
     """Random weights; statistics that are neither 0 nor 1."""
     spec = replace(VAES[version], mean=VAES[version].mean[:channels], std=VAES[version].std[:channels])
     torch.manual_seed(seed)
-    vae = WanVAE(spec, encoder_dim=encoder_dim, decoder_dim=decoder_dim, channels=channels)
+    vae = WanVAE(VaeDims(version=version, encoder_dim=encoder_dim, decoder_dim=decoder_dim, channels=channels), spec)
     for name, parameter in vae.named_parameters():
         if name.endswith("gamma"):
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -80,7 +81,9 @@ GOLDEN = {
 
 def golden_vae(version: str) -> WanVAE:
     spec = replace(VAES[version], mean=(0.0,) * 4, std=(1.0,) * 4)
-    return recipe_weights(WanVAE(spec, encoder_dim=16, decoder_dim=16, channels=4).requires_grad_(False))
+    return recipe_weights(
+        WanVAE(VaeDims(version=version, encoder_dim=16, decoder_dim=16, channels=4), spec).requires_grad_(False)
+    )
 
 
 def test_recipe_numbers():
@@ -265,9 +268,7 @@ def random_frames(count: int, channels: int, h: int, w: int) -> Tensor:
 
 @pytest.mark.parametrize("size", [1, 3], ids=["k1", "k3"])
 @pytest.mark.parametrize("frames", [1, 2, 3, 4, 7], ids="F{}".format)
-@pytest.mark.parametrize(
-    ("channels", "h", "w"), [(5, 4, 7), (64, 4, 7), (65, 40, 33)], ids=["5x4x7", "64x4x7", "65x40x33"]
-)
+@pytest.mark.parametrize(("channels", "h", "w"), [(5, 4, 7), (64, 4, 7), (65, 40, 33)], ids=["5x4x7", "64x4x7", "65x40x33"])
 def test_causal_conv_matches_conv3d(size, frames, channels, h, w, monkeypatch):
     # strips of 7 rows, a shorter last one
     monkeypatch.setattr("wan_fast.vae.BLOCK_BYTES", 4 * 33 * 65 * 7)
@@ -292,19 +293,17 @@ def test_causal_conv_matches_conv3d(size, frames, channels, h, w, monkeypatch):
 @pytest.mark.parametrize(("version", "parameters"), [("2.1", 126_892_531), ("2.2", 704_688_668)])
 def test_names_and_shapes_are_the_published_ones(version, parameters):
     with torch.device("meta"):
-        vae = WanVAE(VAES[version])
+        vae = WanVAE(VaeDims.of_spec(VAES[version]))
     shapes = {name: list(tensor.shape) for name, tensor in vae.state_dict().items()}
     assert shapes == json.loads((MANIFESTS / f"vae-{version}.json").read_text())
     assert sum(prod(shape) for shape in shapes.values()) == parameters
-    spec = VAES[version]
-    assert widths_of(shapes) == (version, spec.encoder_dim, spec.decoder_dim, spec.channels)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_built_on_meta_then_loaded(version):
     vae = small_vae(version)
     with torch.device("meta"):
-        loaded = WanVAE(vae.spec, encoder_dim=8, decoder_dim=12, channels=4)
+        loaded = WanVAE(VaeDims(version=version, encoder_dim=8, decoder_dim=12, channels=4), vae.spec)
     loaded.load_state_dict(vae.state_dict(), assign=True)
     latents = random_latents(vae, 2, 2, 3)
     torch.testing.assert_close(loaded.decode(latents), vae.decode(latents), atol=0, rtol=0)

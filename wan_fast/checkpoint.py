@@ -78,6 +78,12 @@ class Checkpoint:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        parts = (*self.experts.values(), self.vae, self.text_encoder)
+        return sum(part.num_bytes for part in parts if part is not None)
+
 
 def locate(name: str | None, spec: TaskSpec, *, download: bool = True) -> Path | None:
     """The folder of a checkpoint given as a folder, a hub id, 'tiny', or None for the task's official hub id.

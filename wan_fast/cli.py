@@ -93,7 +93,6 @@ def _run(words: Sequence[str]) -> int:
     target = _check_outputs(output, todo)
     _say_plan(todo)
 
-    import torch
     from safetensors.torch import save_file
 
     from wan_fast import video
@@ -102,12 +101,11 @@ def _run(words: Sequence[str]) -> int:
     with ExitStack() as stack:
         bars = stack.enter_context(_Bars(output.quiet))
         engine = wan_fast.Engine(config, on_progress=bars)
-        chunks: list[Tensor] = []
-        keep = (lambda chunk: chunks.append(chunk.cpu())) if output.save_frames else None
-        result = engine.generate(request, on_progress=bars, on_frames=keep)
-        if output.save_frames:
+        frames = _FloatFrames(todo) if output.save_frames else None
+        result = engine.generate(request, on_progress=bars, on_frames=frames)
+        if frames and output.save_frames:
             with video.whole(Path(output.save_frames)) as scratch:
-                save_file({"frames": torch.cat(chunks, dim=1)}, scratch)
+                save_file({"frames": frames.tensor}, scratch)
         if output.save_latents:
             with video.whole(Path(output.save_latents)) as scratch:
                 save_file({"latents": result.latents.contiguous()}, scratch)
@@ -119,6 +117,21 @@ def _run(words: Sequence[str]) -> int:
     print(f"done        {seconds}; peak {_gib(result.stats['peak_bytes'])}")
     print(target)
     return 0
+
+
+class _FloatFrames:
+    """Collects the decoded chunks [3, f, H, W] in one tensor [3, F, H, W] fp32."""
+
+    def __init__(self, todo: Plan) -> None:
+        import torch
+
+        width, height = todo.request.size
+        self.tensor = torch.empty(3, todo.request.num_frames, height, width)
+        self.done = 0
+
+    def __call__(self, chunk: Tensor) -> None:
+        self.tensor[:, self.done : self.done + chunk.shape[1]] = chunk
+        self.done += chunk.shape[1]
 
 
 def _plan(words: Sequence[str]) -> int:

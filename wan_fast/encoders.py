@@ -52,6 +52,7 @@ class TextEncoder(nn.Module):
             use_cache=False,
         )
         self.model = UMT5EncoderModel(config)
+        self.model.encoder.set_input_embeddings(self.model.shared)  # one tensor, wherever it moves
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights by their native names."""

@@ -22,10 +22,9 @@ from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.dit import Context, WanDiT, grid_of
 from wan_fast.encoders import TextEncoder, Tokenizer
 from wan_fast.kernels import frames_to_uint8
-from wan_fast.planning import GIB, Plan, plan
+from wan_fast.planning import GIB, Plan, Setup, plan, set_up
 from wan_fast.sampler import denoise
 from wan_fast.steps import Step
-from wan_fast.tasks import VAES
 from wan_fast.vae import WanVAE
 
 M = TypeVar("M", bound=nn.Module)
@@ -66,24 +65,23 @@ class Engine:
 
     def __init__(self, config: EngineConfig, on_progress: Progress | None = None) -> None:
         path = checkpoints.locate(config.checkpoint, config.spec)
-        assert path is not None
         config = replace(config, checkpoint=str(path))
-        first = _plan_or_offload(config)
-        self.config = replace(config, offload_model=first.memory.offload)
-        self.device = torch.device(first.device.name)
-        self.dtype = torch.bfloat16 if first.dtype == "bf16" else torch.float32
+        self._setup = _free_now(set_up(config))
+        opened = self._setup.checkpoint
+        assert opened is not None
+        self.config = replace(config, offload_model=_offload(config, self._setup))
         self.spec = config.spec
-        self.seconds: dict[str, float] = {}
-        assert first.checkpoint is not None
-        self._attention = attention_backend(first.kernels[0].backend)
-        with self._stage("load"), _memory_guard(first):
-            self._load(first.checkpoint, on_progress or _silent)
+        self.device = torch.device(self._setup.device.name)
+        self.dtype = torch.bfloat16 if self._setup.dtype == "bf16" else torch.float32
+        self._attention = attention_backend(self._setup.kernels[0].backend)
+        self._seconds: dict[str, float] = {}
+        with self._stage("load"), _memory_guard(self._setup, f"weights of {opened.num_bytes / GIB:.2f} GiB as stored"):
+            self._load(opened, on_progress or _silent)
 
     def plan(self, request: Request) -> Plan:
         """What `generate(request)` would do; needs no GPU time."""
-        return plan(self.config, request)
+        return plan(self.config, request, self._setup)
 
-    @torch.inference_mode()
     def generate(
         self,
         request: Request,
@@ -105,9 +103,17 @@ class Engine:
         """
         todo = self.plan(request)
         progress = on_progress or _silent
-        self.seconds = {"load": self.seconds.get("load", 0.0)}
+        self._seconds = {"load": self._seconds["load"]}
         self._reset_peak()
-        with _memory_guard(todo), torch.backends.cudnn.flags(allow_tf32=todo.dtype != "fp32"):
+        peaks = ", ".join(f"{stage} {count / GIB:.2f} GiB" for stage, count in todo.memory.peak.items())
+        # made outside inference mode, so that the caller may change it
+        width, height = todo.request.size
+        frames = torch.empty(todo.request.num_frames, height, width, 3, dtype=torch.uint8)
+        with (
+            torch.inference_mode(),
+            torch.backends.cudnn.flags(allow_tf32=todo.dtype != "fp32"),
+            _memory_guard(self._setup, f"peaks of {peaks}"),
+        ):
             with self._stage("prepare"):
                 progress("prepare", 0, 1)
                 conditioning = PREPARE[self.spec.kind](todo.request, self)
@@ -115,8 +121,8 @@ class Engine:
             with self._stage("denoise"):
                 latents = self._denoise(todo, conditioning, on_step, progress)
             with self._stage("decode"):
-                frames = self._decode(todo, latents, on_frames, progress)
-        return Video(frames=frames, latents=latents.cpu(), fps=todo.request.fps, stats=self._stats(todo))
+                self._decode(todo, latents, frames, on_frames, progress)
+        return Video(frames=frames, latents=latents.cpu().clone(), fps=todo.request.fps, stats=self._stats(todo))
 
     def encode_text(self, texts: Mapping[str, str]) -> Mapping[str, Tensor]:
         """Each text -> [S, text_dim], unpadded, on the engine's device."""
@@ -155,9 +161,10 @@ class Engine:
         finally:
             self._expert(None)
 
-    def _decode(self, todo: Plan, latents: Tensor, on_frames: Callable[[Tensor], None] | None, progress: Progress) -> Tensor:
-        width, height = todo.request.size
-        frames = torch.empty(todo.request.num_frames, height, width, 3, dtype=torch.uint8)
+    def _decode(
+        self, todo: Plan, latents: Tensor, frames: Tensor, on_frames: Callable[[Tensor], None] | None, progress: Progress
+    ) -> None:
+        """Fill frames [F, H, W, 3] uint8, chunk by chunk."""
         done = 0
         progress("decode", 0, len(frames))
         with self._at_work("vae") as vae:
@@ -168,7 +175,6 @@ class Engine:
                 frames[done : done + chunk.shape[1]] = frames_to_uint8(chunk, rounding=self.spec.image_only)
                 done += chunk.shape[1]
                 progress("decode", done, len(frames))
-        return frames
 
     def _noise(self, todo: Plan) -> Tensor:
         if todo.request.noise is not None:
@@ -184,7 +190,7 @@ class Engine:
         text, vae, config = opened.text_encoder, opened.vae, self.config
         assert text is not None and vae is not None and opened.tokenizer is not None
         home = torch.device("cpu") if config.offload_model else self.device
-        total, done = sum(part.num_bytes for part in (text, vae, *opened.experts.values())), 0
+        total, done = opened.num_bytes, 0
 
         def report(count: int) -> None:
             nonlocal done
@@ -202,7 +208,7 @@ class Engine:
                 report=report,
             ),
             "vae": load_model(
-                lambda: build_vae(manifest.VaeDims.of_shapes(vae.shapes)),
+                lambda: WanVAE(manifest.VaeDims.of_shapes(vae.shapes)),
                 vae,
                 home,
                 lambda name: torch.float32,
@@ -252,14 +258,14 @@ class Engine:
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[name] = time.perf_counter() - start
+        self._seconds[name] = time.perf_counter() - start
 
     def _reset_peak(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def _stats(self, todo: Plan) -> dict[str, Any]:
-        return {"seconds": dict(self.seconds), "peak_bytes": _peak_bytes(self.device), "plan": todo.to_dict()}
+        return {"seconds": dict(self._seconds), "peak_bytes": _peak_bytes(self.device), "plan": todo.to_dict()}
 
 
 def load_model(
@@ -296,15 +302,22 @@ def _silent(stage: str, done: int, total: int) -> None:
     pass
 
 
-def _plan_or_offload(config: EngineConfig) -> Plan:
-    """The plan of the task's default request; offloading where it does not fit and the config leaves it open."""
-    request = Request(prompt="default")
+def _free_now(setup: Setup) -> Setup:
+    """The setup with what is really free on the GPU, now that torch can ask."""
+    if setup.device.type == "cpu":
+        return setup
+    free, _ = torch.cuda.mem_get_info(setup.device.name)
+    return replace(setup, device=replace(setup.device, free=min(setup.device.free, free)))
+
+
+def _offload(config: EngineConfig, setup: Setup) -> bool:
+    """As configured; where that is left open, whether the task's default request does not fit without."""
+    if setup.device.type == "cpu" or config.offload_model is not None:
+        return bool(config.offload_model) and setup.device.type != "cpu"
     try:
-        return plan(config, request)
-    except WanFastError:
-        if config.offload_model is not None:
-            raise
-        return plan(replace(config, offload_model=True), request)
+        return plan(config, Request(prompt="the default request"), setup).memory.offload
+    except WanFastError:  # not even with it: a smaller request may
+        return True
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -317,21 +330,15 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def _memory_guard(todo: Plan) -> Iterator[None]:
+def _memory_guard(setup: Setup, expected: str) -> Iterator[None]:
     """Turn an allocator's refusal into one line with the plan's numbers."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        peaks = ", ".join(f"{stage} {count / GIB:.2f} GiB" for stage, count in todo.memory.peak.items())
+        device = setup.device
         raise WanFastError(
-            f"out of memory on {todo.device.name}: the plan expected peaks of {peaks} "
-            f"within {todo.memory.budget / GIB:.2f} GiB; "
+            f"out of memory on {device.name}: the plan expected {expected}, with {device.free / GIB:.2f} GiB free at first; "
             "free memory, take a smaller --size or --frame_num, or set --vram to what is free"
         ) from error
-
-
-def build_vae(dims: manifest.VaeDims) -> WanVAE:
-    spec = VAES[dims.version]
-    return WanVAE(spec, encoder_dim=dims.encoder_dim, decoder_dim=dims.decoder_dim, channels=dims.channels)

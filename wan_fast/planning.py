@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import product
 from math import floor, prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ from wan_fast.tasks import PATCH, TaskSpec
 from wan_fast.video import image_size
 
 GIB = 2**30
+# latent frames decoded at a time, all exact: two are 1.07 x the speed of one on a CPU (2.2 VAE at a quarter of its width,
+# latents 48x3x8x12, fp32, 2 threads of an AMD EPYC), one needs the least memory
+DECODE_CHUNKS = (2, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes on the device. `weights` by model, `working` by stage (text, denoise, decode), `peak` by stage."""
+    """Bytes on the device. `weights` by model, `working` and `peak` by stage."""
 
     budget: int
     offload: bool
@@ -91,21 +95,47 @@ class Plan:
         }
 
 
-def plan(config: EngineConfig, request: Request) -> Plan:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What is known of an engine before any request."""
+
+    device: Device
+    dtype: str
+    kernels: tuple[KernelChoice, ...]
+    checkpoint: Checkpoint | None
+
+
+def set_up(config: EngineConfig, device: Device | None = None) -> Setup:
+    """Find the device (unless given), the compute dtype, the kernels and the checkpoint, which is checked if it is here.
+
+    Raises:
+        WanFastError: something asked for is not there, or the checkpoint is not one of the task.
+    """
+    device = device or describe(config.device)
+    dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
+    kernels = kernel_plan(config.attention, device, dtype)
+    path = checkpoints.locate(config.checkpoint, config.spec, download=False)
+    opened = checkpoints.open_checkpoint(path) if path else None
+    if opened:
+        checkpoints.check(opened, config.spec)
+    return Setup(device=device, dtype=dtype, kernels=kernels, checkpoint=opened)
+
+
+def plan(config: EngineConfig, request: Request, setup: Setup | None = None) -> Plan:
     """Everything known beforehand about making one video; allocates nothing and downloads nothing.
+
+    Args:
+        config: the engine.
+        request: the video.
+        setup: what `set_up(config)` returned, where it is at hand.
 
     Raises:
         WanFastError: the request cannot be carried out, with what is wrong and what to do.
     """
     spec = config.spec
     resolve(spec, request)  # what is wrong with it whatever the checkpoint
-    device = describe(config.device)
-    dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
-    kernels = kernel_plan(config.attention, device, dtype)
-    path = checkpoints.locate(config.checkpoint, spec, download=False)
-    opened = checkpoints.open_checkpoint(path) if path else None
-    if opened:
-        checkpoints.check(opened, spec)
+    setup = setup or set_up(config)
+    opened = setup.checkpoint
     todo = resolve(spec, request, Request(**opened.defaults) if opened and opened.defaults else None)
     warnings = []
     if todo.image is not None:
@@ -119,18 +149,17 @@ def plan(config: EngineConfig, request: Request) -> Plan:
     tokens = prod(latent_shape[1:]) // prod(PATCH)
     steps = step_plan(spec, todo.solver, todo.num_steps, todo.shift, todo.guidance_scale)
     models = _Models.of(spec, opened)
-    memory = _memory_plan(config, models, device, dtype, latent_shape, todo)
     return Plan(
         config=config,
         request=todo,
-        device=device,
-        dtype=dtype,
+        device=setup.device,
+        dtype=setup.dtype,
         checkpoint=opened,
         latent_shape=latent_shape,
         tokens=tokens,
         steps=steps,
-        memory=memory,
-        kernels=kernels,
+        memory=_memory_plan(config, models, setup, latent_shape, todo),
+        kernels=setup.kernels,
         flops=_flops(models, steps, latent_shape, tokens, todo),
         warnings=tuple(warnings),
     )
@@ -179,15 +208,10 @@ class _Models:
 
 
 def _memory_plan(
-    config: EngineConfig,
-    models: _Models,
-    device: Device,
-    dtype: str,
-    latent_shape: tuple[int, int, int, int],
-    request: Request,
+    config: EngineConfig, models: _Models, setup: Setup, latent_shape: tuple[int, int, int, int], request: Resolved
 ) -> MemoryPlan:
-    """Weights and working memory by stage; offloads, and shortens decode chunks, only where the budget asks for it."""
-    size = 2 if dtype == "bf16" else 4
+    """Weights and working memory by stage; models take turns on the device only where the budget asks for it."""
+    device, size = setup.device, 2 if setup.dtype == "bf16" else 4
     weights = {"text encoder": size * manifest.num_parameters(models.text)}
     for name, dims in models.experts.items():
         label = "DiT" if name == "model" else f"DiT {name}"
@@ -197,56 +221,41 @@ def _memory_plan(
     if config.t5_cpu and device.type != "cpu":
         weights["text encoder"] = 0
     budget = config.vram if config.vram is not None else device.free
-    stages = {
-        "text": ["text encoder"],
-        "denoise": [label for label in weights if label.startswith("DiT")],
-        "decode": ["VAE"],
-    }
-
-    def peaks(offload: bool, chunk: int) -> tuple[dict[str, int], dict[str, int]]:
-        working = {
-            "text": _text_bytes(models.text, size),
-            "denoise": _denoise_bytes(models.experts, latent_shape, size),
-            "decode": _decode_bytes(models.vae, latent_shape, chunk),
-        }
-        if request.image is not None:
-            working["text"] += _decode_bytes(models.vae, (latent_shape[0], 1, *latent_shape[2:]), 1)
-        peak = {}
-        for stage, at_work in stages.items():
-            # offload keeps one model on the device at a time: of two experts the larger counts
-            if offload:
-                resident = max(weights[label] for label in at_work)
-                resident += weights["VAE"] if stage == "text" and request.image is not None else 0
-            else:
-                resident = sum(weights.values())
-            peak[stage] = resident + working[stage]
-        return working, peak
-
+    dits = [label for label in weights if label.startswith("DiT")]
+    at_work = {"text": ["text encoder"], "denoise": dits, "decode": ["VAE"]}
+    working = {"text": _text_bytes(models.text, size), "denoise": _denoise_bytes(models.experts, latent_shape, size)}
+    if request.image is not None:
+        at_work["encode"] = ["VAE"]
+        working["encode"] = _decode_bytes(models.vae, (latent_shape[0], 1, *latent_shape[2:]), 1)
     asked = config.offload_model if device.type != "cpu" else False
-    attempts = [(bool(asked), 1)] if asked is not None else [(False, 1), (True, 1)]
-    for offload, chunk in attempts:
-        working, peak = peaks(offload, chunk)
+    for offload, chunk in product((False, True) if asked is None else (asked,), DECODE_CHUNKS):
+        working["decode"] = _decode_bytes(models.vae, latent_shape, chunk)
+        # with offload one model at a time is on the device: of two experts the larger counts
+        resident = {
+            stage: max(weights[label] for label in labels) if offload else sum(weights.values())
+            for stage, labels in at_work.items()
+        }
+        peak = {stage: resident[stage] + working[stage] for stage in at_work}
         if max(peak.values()) <= budget:
-            break
-    else:
-        worst = max(peak, key=lambda stage: peak[stage])
-        raise WanFastError(
-            f"out of memory by plan: stage {worst} needs {_gib(peak[worst])} on {device.name} "
-            f"({_gib(peak[worst] - working[worst])} weights, {_gib(working[worst])} working), the budget is {_gib(budget)}; "
-            + _advice(config, device, dtype)
-        )
-    return MemoryPlan(budget=budget, offload=offload, weights=weights, working=working, peak=peak, decode_chunk=chunk)
+            return MemoryPlan(budget=budget, offload=offload, weights=weights, working=working, peak=peak, decode_chunk=chunk)
+    worst = max(peak, key=lambda stage: peak[stage])
+    raise WanFastError(
+        f"out of memory by plan: stage {worst} needs {_gib(peak[worst])} on {device.name} "
+        f"({_gib(resident[worst])} weights, {_gib(working[worst])} working), the budget is {_gib(budget)}; "
+        + _advice(config, device, setup.dtype, worst)
+    )
 
 
-def _advice(config: EngineConfig, device: Device, dtype: str) -> str:
-    ways = []
+def _advice(config: EngineConfig, device: Device, dtype: str, stage: str) -> str:
+    """Ways out of a plan that does not fit, those that help the stage at fault."""
+    ways = [] if stage == "text" else ["take a smaller --size or --frame_num"]
     if device.type != "cpu" and config.offload_model is False:
         ways.append("leave out --offload_model False")
-    if device.type != "cpu" and not config.t5_cpu:
+    if device.type != "cpu" and not config.t5_cpu and (stage == "text" or config.offload_model is False):
         ways.append("add --t5_cpu")
-    if dtype == "fp32":
+    if dtype == "fp32" and stage != "decode":
         ways.append("add --dtype bf16")
-    return ", ".join(["take a smaller --size or --frame_num", *ways, "or raise --vram" if config.vram else "or free memory"])
+    return ", ".join([*ways, "raise --vram" if config.vram else "free memory"])
 
 
 def _text_bytes(text: manifest.Shapes, size: int) -> int:
@@ -262,8 +271,8 @@ def _denoise_bytes(experts: Mapping[str, manifest.DiTDims], latent_shape: tuple[
     largest = 0
     for dims in experts.values():
         D, F, S = dims.dim, dims.ffn_dim, dims.text_len
-        # q and k pass through fp32 on their way to the compute dtype; GELU holds its input and its output
-        attention = L * D * (3 * size + 3 * 4)
+        # beside y, q and k there are fp32 copies of the one being normed and turned; GELU holds its input and its output
+        attention = L * D * (3 * size + (12 if size == 4 else 9))
         feed_forward = L * (D * size + 2 * F * size)
         text = 2 * len(experts) * dims.num_layers * 2 * S * D * size
         largest = max(largest, L * D * 4 + max(attention, feed_forward) + L * dims.head_dim * 4 + text)
@@ -272,17 +281,19 @@ def _denoise_bytes(experts: Mapping[str, manifest.DiTDims], latent_shape: tuple[
 
 
 def _decode_bytes(dims: manifest.VaeDims, latent_shape: tuple[int, ...], chunk: int) -> int:
-    """Peak working bytes of decoding `chunk` latent frames at a time: two frames of history per convolution, and the
-    widest level's live tensors."""
+    """Peak working bytes of decoding `chunk` latent frames at a time.
+
+    Two frames of history per temporal convolution, and what is alive at the widest level, counted in tensors as wide as
+    that level's input: 4 in the 2.2 decoder, which keeps the level's input for its shortcut, 2.5 in the 2.1 one.
+    """
     _, T, h, w = latent_shape
-    frames = 4 * min(chunk, max(1, T - 1)) if T > 1 else 1
+    frames = 4 * min(chunk, T - 1) if T > 1 else 1
     history = 0
     for name, shape in manifest.vae_shapes(dims).items():
         if name.startswith("decoder") and len(shape) == 5 and shape[2] == 3:
-            level = manifest.decoder_level(name, dims)
-            history += 2 * shape[1] * h * w * 4**level * 4
-    live = 4 * frames * 2 * dims.decoder_dim * h * w * 4**3
-    return history + 4 * live
+            history += 2 * shape[1] * h * w * 4 ** manifest.decoder_level(name, dims) * 4
+    widest = 4 * frames * 2 * dims.decoder_dim * h * w * 4**3
+    return int(1.2 * history + (4.1 if dims.version == "2.2" else 2.6) * widest)
 
 
 def _check_noise(file: Path, latent_shape: tuple[int, ...]) -> None:

@@ -11,14 +11,15 @@ latents are [C, T, h, w] and videos [3, F, H, W].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wan_fast.tasks import VaeSpec
+from wan_fast.manifest import VaeDims
+from wan_fast.tasks import VAES, VaeSpec
 
 CHANNELS_LAST = torch.channels_last
 
@@ -174,10 +175,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * dims))
 
-    def forward(self, x: Tensor, out: Tensor | None = None, silu: bool = False) -> Tensor:
-        """x: [F, C, H, W]; `out` may be x. Returns: [F, C, H, W], reduced in fp32, through SiLU where asked."""
+    def forward(self, x: Tensor, *, silu: bool = False, inplace: bool = False) -> Tensor:
+        """x: [F, C, H, W]. Returns: [F, C, H, W], reduced in fp32, through SiLU where asked; `inplace` may overwrite x."""
         channels = x.shape[1]
-        out = torch.empty_like(x) if out is None else out
+        x = x.contiguous(memory_format=CHANNELS_LAST)  # no copy, but where a convolution chose another layout
+        out = x if inplace else torch.empty_like(x)
         gamma = self.gamma.flatten()
         dtype = torch.promote_types(x.dtype, torch.float32)
         block = BLOCK_BYTES // (4 * channels) if x.device.type == "cpu" else x.numel()
@@ -210,7 +212,7 @@ class ResidualBlock(nn.Module):
         """x: [F, Cin, H, W], overwritten where the width stays. Returns: [F, Cout, H, W]."""
         layer = self.residual
         h = layer["2"](layer["0"](x, silu=True), stream)
-        h = layer["3"](h, out=h, silu=True)
+        h = layer["3"](h, silu=True, inplace=True)
         return layer["6"](h, stream, out=x if self.shortcut is None else self.shortcut(x))
 
 
@@ -372,7 +374,7 @@ class Encoder(nn.Module):
         x = self.conv1(x, stream)
         for layer in (*self.downsamples, *self.middle):
             x = layer(x, stream)
-        return self.head["2"](self.head["0"](x, out=x, silu=True), stream)
+        return self.head["2"](self.head["0"](x, silu=True, inplace=True), stream)
 
 
 class Decoder(nn.Module):
@@ -400,34 +402,30 @@ class Decoder(nn.Module):
         x = self.conv1(x, stream)
         for layer in (*self.middle, *self.upsamples):
             x = layer(x, stream)
-        return self.head["2"](self.head["0"](x, out=x, silu=True), stream)
+        return self.head["2"](self.head["0"](x, silu=True, inplace=True), stream)
 
 
 def middle(channels: int) -> nn.ModuleList:
-    return nn.ModuleList(
-        [ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)]
-    )
+    return nn.ModuleList([ResidualBlock(channels, channels), AttentionBlock(channels), ResidualBlock(channels, channels)])
 
 
 class WanVAE(nn.Module):
-    """The VAE with the parameter names of the published checkpoints. Small models pass their own widths."""
+    """The VAE with the parameter names of the published checkpoints.
 
-    def __init__(
-        self,
-        spec: VaeSpec,
-        *,
-        encoder_dim: int | None = None,
-        decoder_dim: int | None = None,
-        channels: int | None = None,
-    ) -> None:
+    Args:
+        dims: version and widths; `VaeDims.of_spec(VAES["2.1"])` for the released ones.
+        spec: strides and latent statistics; those of the version unless given.
+    """
+
+    def __init__(self, dims: VaeDims, spec: VaeSpec | None = None) -> None:
         super().__init__()
-        self.spec = spec
-        self.channels = channels or spec.channels
-        pixels = 3 * spec.patch**2
-        self.encoder = Encoder(spec.version, pixels, encoder_dim or spec.encoder_dim, 2 * self.channels)
-        self.conv1 = PointwiseConv3d(2 * self.channels, 2 * self.channels)
-        self.conv2 = PointwiseConv3d(self.channels, self.channels)
-        self.decoder = Decoder(spec.version, self.channels, decoder_dim or spec.decoder_dim, pixels)
+        self.spec = spec or VAES[dims.version]
+        self.channels = dims.channels
+        pixels = 3 * self.spec.patch**2
+        self.encoder = Encoder(dims.version, pixels, dims.encoder_dim, 2 * dims.channels)
+        self.conv1 = PointwiseConv3d(2 * dims.channels, 2 * dims.channels)
+        self.conv2 = PointwiseConv3d(dims.channels, dims.channels)
+        self.decoder = Decoder(dims.version, dims.channels, dims.decoder_dim, pixels)
         self.register_load_state_dict_post_hook(_weights_channels_last)
 
     def encode(self, video: Tensor) -> Tensor:
@@ -529,9 +527,3 @@ def unpatchify(x: Tensor, patch: int) -> Tensor:
     """The inverse of `patchify`. x: [F, 3 * patch^2, h, w]. Returns: [3, F, h * patch, w * patch]."""
     f, _, h, w = x.shape
     return x.view(f, 3, patch, patch, h, w).permute(1, 0, 4, 3, 5, 2).reshape(3, f, h * patch, w * patch)
-
-
-def widths_of(shapes: Mapping[str, Sequence[int]]) -> tuple[str, int, int, int]:
-    """Version, encoder width, decoder width and latent channels of a checkpoint, from the shapes of its tensors."""
-    encoder, decoder = shapes["encoder.conv1.weight"], shapes["decoder.conv1.weight"]
-    return "2.2" if encoder[1] == 12 else "2.1", encoder[0], decoder[0] // 4, shapes["conv2.weight"][0]
