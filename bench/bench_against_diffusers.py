@@ -10,7 +10,7 @@ import torch
 from cases import CPU_CASES, Case
 from report import ROWS
 
-ROUNDS = 7
+ROUNDS = 5
 
 
 @pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.name)
