@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -279,7 +280,11 @@ def test_interrupt_leaves_nothing_behind(here, when):
     """Ctrl-C at a terminal, once loading and once in the loop."""
     controller, terminal = pty.openpty()
     command = [sys.executable, "-m", "wan_fast", *shlex.split(f"{RUN} --sample_steps 500 --save_file x.mp4")]
-    process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    # a shell's background job, as this test may be, ignores the signal, and would pass that on
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True, preexec_fn=heed
+    )
     os.close(terminal)
     seen = ""
     deadline = time.monotonic() + 120

@@ -89,7 +89,7 @@ def test_the_checkpoints_defaults_stand_between_flags_and_task():
         ("t2v-1.3B", dict(prompt="a", size=(830, 480)), r"16-pixel grid .* nearest that is: 832\*480"),
         ("ti2v-5B", dict(prompt="a", size=(1280, 720)), r"32-pixel grid .* 1280\*704"),
         ("t2i-14B", dict(prompt="a", num_frames=5), "one picture"),
-        ("ti2v-5B", dict(prompt="a", guidance_scale=(3.0, 4.0)), "one guidance scale"),
+        ("ti2v-5B", dict(prompt="a", guidance_scale=(3.0, 4.0)), "has one expert, got two guidance scales"),
     ],
 )
 def test_resolve_refuses(task, options, says):

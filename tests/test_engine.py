@@ -78,6 +78,21 @@ def test_frames_are_the_truncated_pixels(engine):
     assert torch.equal(video.frames, ((frames + 1) / 2 * 255).to(torch.uint8).permute(1, 2, 3, 0))
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_tf32_only_in_the_convolutions_of_bf16_runs(engine, dtype, monkeypatch):
+    seen = []
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled
+    monkeypatch.setattr(engine, "_setup", replace(engine._setup, dtype=dtype))
+    engine.generate(
+        SMALL,
+        on_frames=lambda chunk: seen.append(
+            (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.enabled)
+        ),
+    )
+    assert set(seen) == {(dtype == "bf16", False, before[1])}
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled) == before
+
+
 def test_bf16_stays_near_fp32(engine):
     exact = engine.generate(SMALL).latents
     rounded = Engine(replace(TINY, dtype="bf16")).generate(SMALL).latents

@@ -111,7 +111,7 @@ class Engine:
         frames = torch.empty(todo.request.num_frames, height, width, 3, dtype=torch.uint8)
         with (
             torch.inference_mode(),
-            torch.backends.cudnn.flags(allow_tf32=todo.dtype != "fp32"),
+            _tf32_convolutions(todo.dtype == "bf16"),
             _memory_guard(self._setup, f"peaks of {peaks}"),
         ):
             with self._stage("prepare"):
@@ -327,6 +327,18 @@ def _peak_bytes(device: torch.device) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextmanager
+def _tf32_convolutions(allowed: bool) -> Iterator[None]:
+    """TF32 in cuDNN's convolutions, as the official code leaves it, or true fp32; never in matrix products."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32, matmul.allow_tf32 = allowed, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 @contextmanager
