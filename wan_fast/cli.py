@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wan-fast: error: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nwan-fast: interrupted, nothing was written", file=sys.stderr)
+        print("\nwan-fast: interrupted; no half-written file is left", file=sys.stderr)
         return 130
 
 
