@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from wan_fast.checkpoint import locate, open_checkpoint, read_tensors
 from wan_fast.dit import WanDiT
 from wan_fast.manifest import DiTDims, VaeDims
+from wan_fast.steps import sigma_grid
 from wan_fast.tasks import TASKS, VAES
 from wan_fast.vae import WanVAE
 
@@ -63,7 +64,14 @@ def write_native(folder, task, *, shards=1, dtype=torch.float32, layers=2, width
 def write_dit(folder, state, dims, shards=1):
     """config.json and the weights, in one file or in shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"_class_name": "WanModel", "dim": dims.dim, "num_heads": dims.num_heads, "text_len": 512, "eps": 1e-6}
+    config = {
+        "_class_name": "WanModel",
+        "dim": dims.dim,
+        "num_heads": dims.num_heads,
+        "num_layers": dims.num_layers,
+        "text_len": 512,
+        "eps": 1e-6,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     stem = "diffusion_pytorch_model"
     if shards == 1:
@@ -74,3 +82,18 @@ def write_dit(folder, state, dims, shards=1):
     for file in names:
         save_file({n: t for n, t in state.items() if place[n] == file}, folder / file)
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": place}))
+
+
+def official_grid(steps, shift, solver="unipc"):
+    """diffusers' UniPC on the official sigma grid."""
+    from diffusers import UniPCMultistepScheduler
+
+    sigmas = sigma_grid(solver, steps, shift)
+
+    class Official(UniPCMultistepScheduler):
+        def set_timesteps(self, num_inference_steps, device=None, **_):
+            super().set_timesteps(num_inference_steps, device=device)
+            self.sigmas = torch.tensor(sigmas)
+            self.timesteps = torch.tensor([int(s * 1000) for s in sigmas[:-1]])
+
+    return Official(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)

@@ -110,6 +110,55 @@ def test_wrong_shape(broken):
     assert_refused(broken, "blocks.0.norm3.weight is [8], expected [256]")
 
 
+def test_lost_layers_are_missed(broken):
+    """The config says how many there are."""
+    edit_dit(broken, lambda state: [state.pop(n) for n in list(state) if n.startswith("blocks.1.")])
+    assert_refused(broken, "missing: blocks.1")
+
+
+def test_one_tensor_under_two_names(tmp_path):
+    copy = Path(shutil.copytree(locate("tiny", TI2V), tmp_path / "tiny"))
+    file = copy / "transformer" / DIT
+    state = load_file(file)
+    save_file({**state, "blocks.0.self_attn.q.weight": torch.zeros(256, 256)}, file)
+    assert_refused(copy, "blocks.0.self_attn.q.weight stands twice")
+
+
+def test_experts_of_different_kinds(tmp_path):
+    folder, other = write_native(tmp_path / "a", "t2v-A14B"), write_native(tmp_path / "b", "ti2v-5B")
+    shutil.copy(other / DIT, folder / "low_noise_model")
+    assert_refused(folder, "different kinds", spec=TASKS["t2v-A14B"])
+    edit = folder / "low_noise_model" / DIT
+    save_file({"x": torch.zeros(1)}, edit)
+    assert_refused(folder, "tensor 'patch_embedding.weight' is missing", spec=TASKS["t2v-A14B"])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("config.json", "[]", "no JSON object"),
+        ("config.json", '{"num_heads": 7}', "7 heads do not divide a width of 256"),
+        ("config.json", '{"num_layers": "two"}', "'two'"),
+        ("config.json", "{", "cannot be read as JSON"),
+    ],
+)
+def test_odd_configs(broken, file, content, says):
+    (broken / file).write_text(content)
+    assert_refused(broken, says)
+
+
+def test_odd_index_files(tmp_path):
+    folder = write_native(tmp_path, "ti2v-5B", shards=3)
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    assert_refused(folder, "no weight_map")
+
+
+def test_a_generation_config_for_other_purposes_is_left_alone(broken):
+    (broken / "generation_config.json").write_text('{"do_sample": true, "num_steps": 7, "note": "hello"}')
+    opened = open_checkpoint(broken)
+    assert opened.defaults == {"num_steps": 7} and opened.note == "hello"
+
+
 def test_missing_shard(tmp_path):
     folder = write_native(tmp_path, "ti2v-5B", shards=3)
     (folder / "diffusion_pytorch_model-00002-of-00003.safetensors").unlink()
@@ -315,11 +364,12 @@ def test_hub_download_then_cache(hub, tmp_path):
     assert in_hub(code, "http://127.0.0.1:9", tmp_path).stdout == "native\n"
 
 
-def test_an_interrupted_download_goes_on(hub, tmp_path):
+@pytest.mark.parametrize("part", [DIT, "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "tokenizer.json"])
+def test_an_interrupted_download_goes_on(hub, tmp_path, part):
     endpoint, _ = hub
     code = "c = open_checkpoint(locate(None, TASKS['ti2v-5B'])); check(c, TASKS['ti2v-5B']); print(c.layout)"
     assert in_hub(code, endpoint, tmp_path).stdout == "native\n"
-    lost = next(tmp_path.rglob(DIT))
+    lost = next(p for p in tmp_path.rglob(part) if p.is_symlink())
     lost.resolve().unlink()
     lost.unlink()
     assert in_hub(code, endpoint, tmp_path).stdout == "native\n"

@@ -103,6 +103,11 @@ REFUSED = {
     "pickle with a payload": (f"{RUN} --ckpt_dir made", "which is no tensor; take a file with tensors only"),
     "output folder missing": (f"{RUN} --save_file no/such/x.mp4", "does not exist; create it first"),
     "output suffix": (f"{RUN} --save_file x.avi", "must be one of .mp4 .webm .gif"),
+    "output that cannot be made": (f"{RUN} --save_file {'x' * 250}.mp4", "cannot be written there"),
+    "frames per second": (f"{RUN} --fps 1e300", "--fps must be from 1 to 240"),
+    "folder taken for a hub id": (f"{RUN} --ckpt_dir made/Wan2.2-TI2V-5B", "does not exist"),
+    "a number of 5000 digits": (f"{RUN} --size {'1' * 5000}*64", "--size must be"),
+    "lost blocks": (f"{RUN} --ckpt_dir made", "missing: blocks.1"),
     "stats folder missing": (f"{RUN} --stats no/x.json", "--stats 'no/x.json': the folder"),
     "no memory": (f"{RUN} --vram 10MiB", "out of memory by plan: stage"),
     "no memory of that form": (f"{RUN} --vram lots", "--vram must be a size or auto"),
@@ -136,6 +141,8 @@ MAKE = {
     "picture cut in half": picture_cut_in_half,
     "picture for a task without": picture_cut_in_half,
     "empty checkpoint folder": lambda folder: folder.mkdir(),
+    "folder taken for a hub id": lambda folder: folder.mkdir(),
+    "lost blocks": lambda folder: edit(folder, lambda s: [s.pop(n) for n in list(s) if n.startswith("blocks.1.")]),
     "missing shard": missing_shard,
     "truncated safetensors": truncated_checkpoint,
     "wrong shapes": lambda folder: edit(folder, lambda s: s.update({"blocks.0.norm3.weight": torch.zeros(8)})),
@@ -183,7 +190,7 @@ def test_help(command):
     start = time.monotonic()
     done = wan_fast(f"{command} --help")
     assert done.returncode == 0 and "usage: wan-fast" in done.stdout and not done.stderr
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 1
 
 
 def test_run_writes_everything_asked_for(here, capsys):
@@ -271,6 +278,17 @@ def test_official_command_lines_of_the_wired_tasks_are_understood(tmp_path, monk
         assert main(["plan", *shlex.split(line), "--prompt", "x", "--vram", "900GiB", "--json"]) == 0
         todo = json.loads(capsys.readouterr().out)
         assert todo["request"]["size"] == size and len(todo["steps"]) == steps
+
+
+def test_a_prompt_may_look_like_a_flag(capsys):
+    assert main([*shlex.split(f"plan {RUN[4:]} --json --prompt"), "--no text-- cat"]) == 0
+    assert json.loads(capsys.readouterr().out)["request"]["prompt"] == "--no text-- cat"
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    line = f"{sys.executable} -m wan_fast plan {RUN[4:]} --json --sample_steps 1000 | head -1"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
+    assert done.stdout == "{\n" and not done.stderr
 
 
 def test_every_task_is_known_to_the_command_line():

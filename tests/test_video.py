@@ -43,6 +43,17 @@ def test_gif_and_pictures(tmp_path):
     assert Image.open(tmp_path / "x.png").getpixel((5, 20)) == (220, 40, 30)
 
 
+def test_a_name_with_a_colon_is_no_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    video.write(clip(), Path("a:b.mp4"), 16)
+    assert [p.name for p in tmp_path.iterdir()] == ["a:b.mp4"]
+
+
+def test_a_full_disk_is_told_in_a_sentence(tmp_path):
+    with pytest.raises(WanFastError, match=r"cannot be written .*No space left"), video.whole(tmp_path / "x.mp4"):
+        Path("/dev/full").write_text("x")
+
+
 def test_nothing_is_left_of_a_failed_write(tmp_path):
     file = tmp_path / "x.mp4"
     file.write_text("the older file")
@@ -73,10 +84,10 @@ def test_output_is_allowed(tmp_path):
         video.check_output(tmp_path / name, frames, image_only)
 
 
-def test_output_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
-    with pytest.raises(WanFastError, match="not writable"):
-        video.check_output(tmp_path / "x.mp4", 9, False)
+def test_output_folder_that_cannot_be_written(tmp_path):
+    for folder in ("/proc", "/sys"):  # not even root may write there
+        with pytest.raises(WanFastError, match="cannot be written there"):
+            video.check_output(Path(folder) / "x.mp4", 9, False)
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(WanFastError, match="is a folder"):
         video.check_output(tmp_path / "folder.mp4", 9, False)

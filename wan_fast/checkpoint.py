@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from importlib.resources import files
 from math import prod
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_fast import manifest
-from wan_fast.config import WanFastError
+from wan_fast.config import Request, WanFastError
 from wan_fast.headers import DTYPE_BYTES, read_pth_header, read_safetensors_header
 from wan_fast.names import DIT_NAMES, TEXT_NAMES, VAE21_NAMES, VAE22_NAMES, Rules, native_name
 from wan_fast.tasks import TASKS, VAES, TaskSpec
@@ -96,7 +96,10 @@ def locate(name: str | None, spec: TaskSpec, *, download: bool = True) -> Path |
     """
     if name == "tiny":
         return Path(str(files("wan_fast") / "assets" / "tiny"))
-    if name is not None and (Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)):
+    name = None if name is None else str(name)
+    # a hub id looks like a relative path of two parts; where the first part is a folder here, it is one
+    hub_id = name is None or (re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name.split("/")[0]).exists())
+    if name is not None and not hub_id:
         folder = Path(name).expanduser()
         if not folder.is_dir():
             what = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -111,15 +114,16 @@ def _from_hub(repo: str, download: bool) -> Path | None:
     patterns = ["*.json", "*.safetensors", "*.pth", "google/*", "*spiece.model"]
     try:
         cached = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
-        open_checkpoint(cached)
-        return cached
+        opened = open_checkpoint(cached)
+        if opened.vae and opened.text_encoder and opened.tokenizer:
+            return cached
     except (OSError, ValueError):
         pass  # not in the cache, or a download that stopped half-way
     if not download:
         return None
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the transport raises
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         raise WanFastError(
             f"checkpoint {repo} is neither a folder nor in the hub cache, and cannot be downloaded ({reason}); "
@@ -176,7 +180,7 @@ def check(checkpoint: Checkpoint, spec: TaskSpec) -> None:
         )
     check_tensors(checkpoint.vae, manifest.vae_shapes(vae_dims), "VAE")
     with _described(checkpoint.text_encoder):
-        text = manifest.text_shapes_like(checkpoint.text_encoder.shapes)
+        text = manifest.text_shapes_like(checkpoint.text_encoder.shapes, checkpoint.text_encoder.config)
     check_tensors(checkpoint.text_encoder, text, "text encoder")
     width = text["token_embedding.weight"][1]
     for part in checkpoint.experts.values():
@@ -217,10 +221,26 @@ def tasks_of(checkpoint: Checkpoint) -> list[str]:
 
 
 def kind_of(checkpoint: Checkpoint) -> str:
-    """The kind of model in a word or two, from its tensors."""
-    part = next(iter(checkpoint.experts.values()))
+    """The kind of model in a word or two, from its tensors.
+
+    Raises:
+        WanFastError: two experts are of different kinds.
+    """
+    kinds = {f"{_branch(part)} DiT {_channels(part)}" for part in checkpoint.experts.values()}
+    if len(kinds) > 1:
+        raise WanFastError(
+            f"the experts of {str(checkpoint.path)!r} are of different kinds ({', '.join(sorted(kinds))}); download them again"
+        )
+    return f"{kinds.pop()}, {len(checkpoint.experts)} expert(s)"
+
+
+def _channels(part: Part) -> str:
     with _described(part):
         dims = _dims(part)
+    return f"{dims.in_dim}->{dims.out_dim}"
+
+
+def _branch(part: Part) -> str:
     extras = (
         ("vace", "vace_patch_embedding.weight"),
         ("speech", "casual_audio_encoder.weights"),
@@ -228,8 +248,7 @@ def kind_of(checkpoint: Checkpoint) -> str:
         ("first-last-frame", "img_emb.emb_pos"),
         ("image", "img_emb.proj.1.weight"),
     )
-    branch = next((word for word, name in extras if name in part.tensors), "plain")
-    return f"{branch} DiT {dims.in_dim}->{dims.out_dim}, {len(checkpoint.experts)} expert(s)"
+    return next((word for word, name in extras if name in part.tensors), "plain")
 
 
 def _kind(spec: TaskSpec) -> str:
@@ -267,11 +286,14 @@ def _describe_part(name: str, part: Part) -> dict[str, Any]:
             dims: Any = manifest.VaeDims.of_shapes(part.shapes)
             expected = manifest.vae_shapes(dims)
         elif name == "text encoder":
-            expected = manifest.text_shapes_like(part.shapes)
+            expected = manifest.text_shapes_like(part.shapes, part.config)
             dims = {"dim": expected["token_embedding.weight"][1], "vocab": expected["token_embedding.weight"][0]}
         else:
             dims = _dims(part)
             expected = manifest.dit_shapes(dims)
+            if _branch(part) != "plain":
+                about["checked"] = f"no: this version has no table of the {_branch(part)} model's tensors"
+                expected = dict(part.shapes)
     sizes = dims if isinstance(dims, dict) else asdict(dims)
     about["sizes"] = ", ".join(f"{key} {value}" for key, value in sizes.items())
     about["missing"] = [n for n in expected if n not in part.tensors] or "none"
@@ -290,9 +312,8 @@ def _described(part: Part) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError) as error:
-        raise WanFastError(
-            f"{str(part.path)!r} is no part of a Wan checkpoint: {error} is missing or of another shape; download it again"
-        ) from error
+        problem = f"tensor {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise WanFastError(f"{str(part.path)!r} is no part of a Wan checkpoint: {problem}; download it again") from error
 
 
 # --- layouts --------------------------------------------------------------------------------------------------------
@@ -326,7 +347,8 @@ def _open_native(path: Path) -> Checkpoint:
 
 def _open_diffusers(path: Path) -> Checkpoint:
     index = _json(path / "model_index.json")
-    two = isinstance(index.get("transformer_2"), list) and index["transformer_2"][0] is not None
+    second = index.get("transformer_2")
+    two = isinstance(second, list) and second[:1] not in ([], [None])
     folders = {"high_noise": "transformer", "low_noise": "transformer_2"} if two else {"model": "transformer"}
     for folder in folders.values():
         if not (path / folder).is_dir():
@@ -360,7 +382,9 @@ def _generation_config(path: Path) -> dict[str, Any]:
         return {}
     config = _json(path / "generation_config.json")
     note = config.pop("note", "")
-    return {"defaults": {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}, "note": note}
+    # files of this name exist for other purposes: only what a request has is taken
+    known = {f.name for f in fields(Request)}
+    return {"defaults": {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}, "note": note}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -382,7 +406,9 @@ def _safetensors_part(folder: Path, stem: str, names: Rules) -> Part:
     if single.is_file():
         shards = [single]
     elif index.is_file():
-        weight_map = _json(index).get("weight_map", {})
+        weight_map = _json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise WanFastError(f"{str(index)!r} has no weight_map from tensors to files; download it again")
         shards = [folder / name for name in sorted(set(weight_map.values()))]
         for shard in shards:
             if not shard.is_file():
@@ -393,6 +419,11 @@ def _safetensors_part(folder: Path, stem: str, names: Rules) -> Part:
     for shard in shards:
         for stored, (dtype, shape) in read_safetensors_header(shard).items():
             name = native_name(stored, names)
+            if name in tensors:
+                raise WanFastError(
+                    f"tensor {name} stands twice in {str(folder)!r}: as {tensors[name].stored_name} and as {stored}; "
+                    "download the files again into an empty folder"
+                )
             if name is not None:
                 tensors[name] = TensorInfo(name, stored, shape, dtype, shard)
     return Part(folder, config, tensors)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = " ".join(str(error).split())
         print(f"wan-fast: error: {line}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("\nwan-fast: interrupted; no half-written file is left", file=sys.stderr)
         return 130
@@ -89,6 +93,7 @@ def _options(parsed: argparse.Namespace) -> tuple[EngineConfig, Request, Output]
 def _run(words: Sequence[str]) -> int:
     parser = _run_parser("run")
     config, request, output = _options(parser.parse_args(words))
+    _check_folders(output)
     todo = wan_fast.plan(config, request)
     target = _check_outputs(output, todo)
     _say_plan(todo)
@@ -97,10 +102,11 @@ def _run(words: Sequence[str]) -> int:
 
     from wan_fast import video
 
-    config = replace(config, offload_model=todo.memory.offload)
+    if todo.checkpoint is None:
+        _download(config)
     with ExitStack() as stack:
         bars = stack.enter_context(_Bars(output.quiet))
-        engine = wan_fast.Engine(config, on_progress=bars)
+        engine = wan_fast.Engine(config, request=request, on_progress=bars)
         frames = _FloatFrames(todo) if output.save_frames else None
         result = engine.generate(request, on_progress=bars, on_frames=frames)
         if frames and output.save_frames:
@@ -190,7 +196,7 @@ def _say_plan(todo: Plan) -> None:
 
 
 def _check_outputs(output: Output, todo: Plan) -> Path:
-    """The file to write; every output's folder and suffix are checked."""
+    """The file to write; its folder and suffix are checked."""
     from wan_fast import video
 
     request, spec = todo.request, todo.config.spec
@@ -201,10 +207,31 @@ def _check_outputs(output: Output, todo: Plan) -> Path:
         suffix = ".png" if spec.image_only else ".mp4"
         target = Path(f"{spec.name}_{request.size[0]}x{request.size[1]}_{words}_{time.strftime('%Y%m%d_%H%M%S')}{suffix}")
     video.check_output(target, request.num_frames, spec.image_only)
-    for name, flag in (("save_latents", "--save-latents"), ("save_frames", "--save-frames"), ("stats", "--stats")):
+    return target
+
+
+def _check_folders(output: Output) -> None:
+    from wan_fast import video
+
+    flags = {"save_file": "--save_file", "save_latents": "--save-latents", "save_frames": "--save-frames", "stats": "--stats"}
+    for name, flag in flags.items():
         if (path := getattr(output, name)) is not None:
             video.check_folder(Path(path), flag)
-    return target
+
+
+def _download(config: EngineConfig) -> None:
+    """Fetch the weights. The hub's threads outlive a KeyboardInterrupt until their files end, so Ctrl-C leaves at once."""
+    from wan_fast import checkpoint as checkpoints
+
+    def leave(*_: object) -> None:
+        os.write(2, b"\nwan-fast: interrupted; the next run goes on with the download\n")
+        os._exit(130)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        checkpoints.locate(config.checkpoint, config.spec)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class _Bars:

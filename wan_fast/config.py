@@ -172,10 +172,10 @@ class Request:
             raise WanFastError(f"--sample_steps must be from 1 to 1000, got {self.num_steps}")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise WanFastError(f"--size must be two positive numbers, got {self.size}")
-        for name, flag in (("shift", "--sample_shift"), ("fps", "--fps")):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise WanFastError(f"{flag} must be a positive number, got {value}")
+        if self.shift is not None and not 0 < self.shift < math.inf:
+            raise WanFastError(f"--sample_shift must be a positive number, got {self.shift}")
+        if self.fps is not None and not 1 <= self.fps <= 240:
+            raise WanFastError(f"--fps must be from 1 to 240, got {self.fps}")
         if self.guidance_scale is not None and not all(map(math.isfinite, _pair(self.guidance_scale))):
             raise WanFastError(f"--sample_guide_scale must be finite, got {self.guidance_scale}")
         _check_choice(self, "solver", "unipc", "dpm++", "euler")

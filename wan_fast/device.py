@@ -35,7 +35,7 @@ class Device:
     @property
     def peak_tflops(self) -> float | None:
         """Dense bf16 peak, where it is known."""
-        return next((float(peak) for name, peak in _PEAK_TFLOPS.items() if name in self.model), None)
+        return next((float(p) for name, p in _PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", self.model)), None)
 
 
 def describe(name: str) -> Device:
@@ -59,7 +59,8 @@ def describe(name: str) -> Device:
 
 def gpu_list() -> tuple[list[Device], str]:
     """The usable GPUs, or an empty list and the reason."""
-    if _torch_cuda() is None:
+    wanted = _torch_cuda()
+    if wanted is None:
         return [], "the installed torch is a CPU build"
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -68,6 +69,11 @@ def gpu_list() -> tuple[list[Device], str]:
     count = ctypes.c_int()
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return [], "the NVIDIA driver does not answer"
+    version = ctypes.c_int()
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    if version.value // 1000 < int(wanted.split(".")[0]):
+        able = f"{version.value // 1000}.{version.value % 1000 // 10}"
+        return [], f"the NVIDIA driver goes up to CUDA {able}, the installed torch needs {wanted}"
     return [_gpu(driver, i) for i in range(count.value)], "the NVIDIA driver shows no GPU"
 
 

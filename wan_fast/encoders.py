@@ -70,9 +70,9 @@ class TextEncoder(nn.Module):
 
 
 class Tokenizer:
-    """Text -> umT5 token ids, end-of-text included, at most `TEXT_LEN`."""
+    """Text -> umT5 token ids, end-of-text included, at most `limit`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, limit: int = TEXT_LEN) -> None:
         import tokenizers
 
         try:
@@ -80,7 +80,7 @@ class Tokenizer:
         except Exception as error:  # the tokenizers package raises a bare Exception
             raise WanFastError(f"{str(folder / 'tokenizer.json')!r} cannot be read ({error}); download it again") from error
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(TEXT_LEN)
+        self._tokenizer.enable_truncation(limit)
 
     def __call__(self, text: str) -> Tensor:
         return torch.tensor(self._tokenizer.encode(clean(text)).ids, dtype=torch.long)

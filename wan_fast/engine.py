@@ -57,19 +57,22 @@ class Engine:
 
     Args:
         config: what to build.
+        request: the video to place the models for, where it is known; else the task's default one.
         on_progress: called with (stage, done, total) as loading goes on.
 
     Raises:
         WanFastError: the checkpoint is missing, not of this task, or does not fit the device.
     """
 
-    def __init__(self, config: EngineConfig, on_progress: Progress | None = None) -> None:
+    def __init__(self, config: EngineConfig, *, request: Request | None = None, on_progress: Progress | None = None) -> None:
         path = checkpoints.locate(config.checkpoint, config.spec)
         config = replace(config, checkpoint=str(path))
-        self._setup = _free_now(set_up(config))
+        self._setup = set_up(config)
+        with _memory_guard(self._setup, "a context on the device"):
+            self._setup = _free_now(self._setup)
         opened = self._setup.checkpoint
         assert opened is not None
-        self.config = replace(config, offload_model=_offload(config, self._setup))
+        self.config = replace(config, offload_model=_offload(config, self._setup, request))
         self.spec = config.spec
         self.device = torch.device(self._setup.device.name)
         self.dtype = torch.bfloat16 if self._setup.dtype == "bf16" else torch.float32
@@ -198,7 +201,8 @@ class Engine:
             progress("load", done, total)
 
         progress("load", 0, total)
-        self.tokenizer = Tokenizer(opened.tokenizer)
+        dims = {name: manifest.DiTDims.of_shapes(part.shapes, part.config) for name, part in opened.experts.items()}
+        self.tokenizer = Tokenizer(opened.tokenizer, min(d.text_len for d in dims.values()))
         self.models: dict[str, nn.Module] = {
             "text": load_model(
                 lambda: TextEncoder(text.shapes),
@@ -216,9 +220,8 @@ class Engine:
             ),
         }
         for name, part in opened.experts.items():
-            dims = manifest.DiTDims.of_shapes(part.shapes, part.config)
             self.models[name] = load_model(
-                partial(WanDiT, dims, self._attention),
+                partial(WanDiT, dims[name], self._attention),
                 part,
                 home,
                 lambda name: torch.float32 if manifest.stays_fp32(name) else self.dtype,
@@ -307,13 +310,16 @@ def _free_now(setup: Setup) -> Setup:
     if setup.device.type == "cpu":
         return setup
     free, _ = torch.cuda.mem_get_info(setup.device.name)
-    return replace(setup, device=replace(setup.device, free=min(setup.device.free, free)))
+    # the libraries' workspaces are still to come
+    return replace(setup, device=replace(setup.device, free=min(setup.device.free, free - GIB // 2)))
 
 
-def _offload(config: EngineConfig, setup: Setup) -> bool:
-    """As configured; where that is left open, whether the task's default request does not fit without."""
+def _offload(config: EngineConfig, setup: Setup, request: Request | None) -> bool:
+    """As configured; where that is left open, whether the request, or the task's default one, does not fit without."""
     if setup.device.type == "cpu" or config.offload_model is not None:
         return bool(config.offload_model) and setup.device.type != "cpu"
+    if request is not None:
+        return plan(config, request, setup).memory.offload
     try:
         return plan(config, Request(prompt="the default request"), setup).memory.offload
     except WanFastError:  # not even with it: a smaller request may
@@ -347,7 +353,8 @@ def _memory_guard(setup: Setup, expected: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not any(words in str(error) for words in ("allocate memory", "out of memory", "ALLOC_FAILED")):
             raise
         device = setup.device
         raise WanFastError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import types
 import typing
@@ -53,7 +54,7 @@ class Parser(argparse.ArgumentParser):
         spelled = []
         for word in argv:
             flag, equals, value = word.partition("=")
-            if flag.startswith("--") and len(flag) > 2:
+            if re.fullmatch(r"--[A-Za-z][\w-]*", flag):  # and not a value that begins with dashes
                 name = known.get(flag.replace("_", "-"))
                 if name is None:
                     close = get_close_matches(flag, self._option_string_actions, 1)
@@ -136,7 +137,7 @@ def _converter(convert: Any, flag: str) -> Any:
         except WanFastError as error:
             raise _BadValue(str(error) if flag in str(error) else f"{flag}: {error}") from None
         except ValueError:
-            what = {int: "a whole number", float: "a number"}[convert]
-            raise _BadValue(f"{flag} must be {what}, got {text!r}") from None
+            what = {int: "a whole number", float: "a number"}.get(convert, "another value")
+            raise _BadValue(f"{flag} must be {what}, got {text[:40]!r}") from None
 
     return converted

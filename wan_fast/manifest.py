@@ -37,15 +37,18 @@ class DiTDims:
 
     @classmethod
     def of_shapes(cls, shapes: Shapes, config: Mapping[str, object]) -> DiTDims:
-        """Read the sizes from tensor shapes; only heads, text length and eps, which leave no trace there, from `config`."""
+        """Read the sizes from tensor shapes; from `config` what leaves no trace there, and the number of layers, so that
+        lost ones are missed."""
         dim, in_dim = shapes["patch_embedding.weight"][:2]
         blocks = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
-        heads = config.get("num_heads") or config.get("num_attention_heads") or dim // HEAD_DIM
+        heads = int(str(config.get("num_heads") or config.get("num_attention_heads") or dim // HEAD_DIM))
+        if heads < 1 or dim % heads or dim // heads % 2:
+            raise ValueError(f"{heads} heads do not divide a width of {dim}")
         return cls(
             dim=dim,
             ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
-            num_heads=int(str(heads)),
-            num_layers=max(blocks) + 1,
+            num_heads=heads,
+            num_layers=int(str(config.get("num_layers") or max(blocks) + 1)),
             in_dim=in_dim,
             out_dim=shapes["head.head.weight"][0] // prod(PATCH),
             text_dim=shapes["text_embedding.0.weight"][1],
@@ -98,11 +101,12 @@ def text_shapes(vocab: int, dim: int, attention_dim: int, ffn_dim: int, heads: i
     return shapes
 
 
-def text_shapes_like(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """What an encoder of the width and depth seen in `shapes` consists of."""
+def text_shapes_like(shapes: Shapes, config: Mapping[str, object] | None = None) -> dict[str, tuple[int, ...]]:
+    """What an encoder of the width and depth seen in `shapes` consists of; the depth is `config`'s where it has one."""
     attention_dim, dim = shapes["blocks.0.attn.q.weight"]
     buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
     layers = 1 + max(int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name)))
+    layers = int(str((config or {}).get("num_layers") or layers))
     ffn_dim = shapes["blocks.0.ffn.fc1.weight"][0]
     return text_shapes(shapes["token_embedding.weight"][0], dim, attention_dim, ffn_dim, heads, layers, buckets)
 

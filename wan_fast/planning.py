@@ -111,13 +111,14 @@ def set_up(config: EngineConfig, device: Device | None = None) -> Setup:
     Raises:
         WanFastError: something asked for is not there, or the checkpoint is not one of the task.
     """
-    device = device or describe(config.device)
-    dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
-    kernels = kernel_plan(config.attention, device, dtype)
     path = checkpoints.locate(config.checkpoint, config.spec, download=False)
     opened = checkpoints.open_checkpoint(path) if path else None
     if opened:
         checkpoints.check(opened, config.spec)
+    device = device or describe(config.device)
+    dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
+    # last: on a GPU it has to import torch
+    kernels = kernel_plan(config.attention, device, dtype)
     return Setup(device=device, dtype=dtype, kernels=kernels, checkpoint=opened)
 
 
@@ -239,8 +240,9 @@ def _memory_plan(
         if max(peak.values()) <= budget:
             return MemoryPlan(budget=budget, offload=offload, weights=weights, working=working, peak=peak, decode_chunk=chunk)
     worst = max(peak, key=lambda stage: peak[stage])
+    absent = "" if setup.checkpoint else f" (checkpoint {config.checkpoint or config.spec.hub_id} is not here: released sizes)"
     raise WanFastError(
-        f"out of memory by plan: stage {worst} needs {_gib(peak[worst])} on {device.name} "
+        f"out of memory by plan{absent}: stage {worst} needs {_gib(peak[worst])} on {device.name} "
         f"({_gib(resident[worst])} weights, {_gib(working[worst])} working), the budget is {_gib(budget)}; "
         + _advice(config, device, setup.dtype, worst)
     )

@@ -41,19 +41,32 @@ def check_folder(path: Path, flag: str) -> None:
         raise WanFastError(f"{flag} {str(path)!r}: the folder {str(folder)!r} does not exist; create it first")
     if path.is_dir():
         raise WanFastError(f"{flag} {str(path)!r} is a folder; give a file name")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise WanFastError(f"{flag} {str(path)!r}: the folder {str(folder)!r} is not writable; choose another")
+    scratch = _scratch(path)
+    try:
+        scratch.touch()
+        scratch.unlink()
+    except OSError as error:
+        raise WanFastError(f"{flag} {str(path)!r} cannot be written there ({error.strerror}); choose another place") from error
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A scratch name beside `path`, renamed to it when the block ends well and removed when it does not."""
-    scratch = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    scratch = _scratch(path)
     try:
         yield scratch
         os.replace(scratch, path)
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise WanFastError(f"{str(path)!r} cannot be written ({error}); free space, or choose another place") from error
+        raise
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _scratch(path: Path) -> Path:
+    # absolute: a name such as a:b.mp4 is else taken for a protocol
+    return path.absolute().with_name(f".{os.getpid()}.{path.name}")
 
 
 def read_image(path: Path) -> Image.Image:
