@@ -97,6 +97,7 @@ def _run(words: Sequence[str]) -> int:
     todo = wan_fast.plan(config, request)
     target = _check_outputs(output, todo)
     _say_plan(todo)
+    print("starting    PyTorch and transformers", flush=True)
 
     from safetensors.torch import save_file
 
