@@ -105,8 +105,8 @@ class Setup:
     checkpoint: Checkpoint | None
 
 
-def set_up(config: EngineConfig, device: Device | None = None) -> Setup:
-    """Find the device (unless given), the compute dtype, the kernels and the checkpoint, which is checked if it is here.
+def set_up(config: EngineConfig) -> Setup:
+    """Find the device, the compute dtype, the kernels and the checkpoint, which is checked if it is here.
 
     Raises:
         WanFastError: something asked for is not there, or the checkpoint is not one of the task.
@@ -115,7 +115,7 @@ def set_up(config: EngineConfig, device: Device | None = None) -> Setup:
     opened = checkpoints.open_checkpoint(path) if path else None
     if opened:
         checkpoints.check(opened, config.spec)
-    device = device or describe(config.device)
+    device = describe(config.device)
     dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
     # last: on a GPU it has to import torch
     kernels = kernel_plan(config.attention, device, dtype)
