@@ -145,6 +145,12 @@ def test_untrained_size_gets_a_warning(gpu):
     assert not plan(tiny, CAT).warnings  # its own size is the one it brings along
 
 
+def test_offload_on_a_cpu_is_said_to_change_nothing():
+    config = EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", offload_model=True)
+    todo = plan(config, CAT)
+    assert "--offload_model True changes nothing" in todo.warnings[0] and not todo.memory.offload
+
+
 def test_noise_file_is_checked_before_anything_is_loaded(tmp_path):
     config = EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu")
     file = tmp_path / "noise.safetensors"

@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,8 +104,7 @@ def _run(words: Sequence[str]) -> int:
 
     if todo.checkpoint is None:
         _download(config)
-    with ExitStack() as stack:
-        bars = stack.enter_context(_Bars(output.quiet))
+    with _Bars(output.quiet) as bars:
         engine = wan_fast.Engine(config, request=request, on_progress=bars)
         frames = _FloatFrames(todo) if output.save_frames else None
         result = engine.generate(request, on_progress=bars, on_frames=frames)

@@ -144,6 +144,8 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None) -> 
     elif todo.size not in (*spec.sizes, opened.defaults.get("size") if opened else None):
         known = " ".join(f"{w}*{h}" for w, h in spec.sizes)
         warnings.append(f"{spec.name} was not trained for {todo.size[0]}*{todo.size[1]}; it was for {known}")
+    if config.offload_model and setup.device.type == "cpu":
+        warnings.append("--offload_model True changes nothing: the device is the CPU, where the models are already")
     latent_shape = spec.vae_spec.latent_shape(todo.size, todo.num_frames)
     if todo.noise is not None:
         _check_noise(Path(todo.noise), latent_shape)
