@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 
 BENCH = Path(__file__).parent / "bench"
+
+
+def import_bench() -> None:
+    """Make `bench` importable without the repository root on sys.path, where wan_fast would hide the installed one."""
+    spec = spec_from_file_location("bench", BENCH / "__init__.py", submodule_search_locations=[str(BENCH)])
+    assert spec and spec.loader
+    sys.modules["bench"] = package = module_from_spec(spec)
+    spec.loader.exec_module(package)
+
+
+if "bench" not in sys.modules:
+    import_bench()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

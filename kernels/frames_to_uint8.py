@@ -52,11 +52,19 @@ def _frames_to_uint8_kernel(
     tl.store(pixels_ptr + f * frame_bytes + byte, y.to(tl.uint8), mask=mask)
 
 
+_CANDIDATES = tuple({"BLOCK": block, "num_warps": warps} for block in (512, 1024, 2048, 4096) for warps in (2, 4, 8))
+
+
+def _config(frame_bytes: int) -> dict[str, int]:
+    """Tiles; not tuned on a device yet."""
+    return {"BLOCK": 1024, "num_warps": 4}  # each thread stores 8 bytes at once
+
+
 def _launch_triton(frames: Tensor, pixels: Tensor, rounding: bool) -> None:
     _, F, H, W = frames.shape
-    block = 1024  # each thread of 4 warps stores 8 bytes at once
     frame_bytes = 3 * H * W
-    blocks_per_frame = triton.cdiv(frame_bytes, block)
+    config = _config(frame_bytes)
+    blocks_per_frame = triton.cdiv(frame_bytes, config["BLOCK"])
     _frames_to_uint8_kernel[(F * blocks_per_frame,)](
         frames,
         pixels,
@@ -65,7 +73,7 @@ def _launch_triton(frames: Tensor, pixels: Tensor, rounding: bool) -> None:
         frames.stride(1),
         blocks_per_frame,
         ROUNDING=rounding,
-        BLOCK=block,
+        **config,
         # either would do (Triton 3.6 fuses on sm_100 all the same), but Triton 3.9 warns where nothing is said
         enable_fp_fusion=False,
     )

@@ -67,6 +67,25 @@ def _frames_to_uint8_cases() -> list[Case]:
     return cases
 
 
+def arguments(case: Case | RealCase, dtype: torch.dtype, device: str | torch.device) -> tuple[Any, ...]:
+    """The case's arguments on a device, with the strides that the case gave them; meta tensors get random values."""
+
+    def move(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_meta:
+            return torch.randn(value.shape, dtype=value.dtype, device=device)
+        buffer = value.as_strided((value.untyped_storage().nbytes() // value.itemsize,), (1,), 0)
+        return buffer.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
+
+    return tuple(move(value) for value in case.inputs(dtype))
+
+
+def in_fp64(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same arguments with floating-point tensors in fp64."""
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
 def _meta(*shape: int) -> Callable[[torch.dtype], Tensor]:
     return lambda dtype: torch.empty(shape, dtype=dtype, device="meta")
 

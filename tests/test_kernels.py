@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import CASES, REAL_CASES, Case
+from kernel_cases import CASES, REAL_CASES, Case, arguments, in_fp64
 from numerics import assert_as_accurate
 from torch import Tensor
 
@@ -41,23 +41,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def arguments(case: Case, dtype: torch.dtype, device: str = DEVICE) -> tuple:
-    """The case's arguments on a device, with the strides that the case gave them."""
-
-    def move(value: object) -> object:
-        if not isinstance(value, Tensor):
-            return value
-        buffer = value.as_strided((value.untyped_storage().nbytes() // value.itemsize,), (1,), 0)
-        return buffer.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
-
-    return tuple(move(value) for value in case.inputs(dtype))
-
-
-def in_fp64(args: tuple) -> tuple:
-    """The same arguments with floating-point tensors in fp64."""
-    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-
-
 def first_case(name: str) -> Case:
     return next(case for case in CASES if case.op == name)
 
@@ -73,7 +56,7 @@ def test_every_operator_has_cases(name: str) -> None:
 @each_case
 def test_kernel_is_as_accurate_as_the_reference(case: Case, dtype: torch.dtype) -> None:
     kernel = KERNELS[case.op]
-    args = arguments(case, dtype)
+    args = arguments(case, dtype, DEVICE)
     assert_as_accurate(kernel.launch(*args), kernel.reference(*in_fp64(args)), kernel.reference(*args))
 
 
@@ -96,12 +79,12 @@ def test_in_the_interpreter() -> None:
 
 @each_case
 def test_operator_keeps_the_dispatcher_rules(case: Case) -> None:
-    torch.library.opcheck(KERNELS[case.op].op, arguments(case, torch.float32))
+    torch.library.opcheck(KERNELS[case.op].op, arguments(case, torch.float32, DEVICE))
 
 
 @each_case
 def test_shape_function_agrees(case: Case) -> None:
-    real = KERNELS[case.op].op(*arguments(case, torch.bfloat16))
+    real = KERNELS[case.op].op(*arguments(case, torch.bfloat16, DEVICE))
     meta = KERNELS[case.op].op(*arguments(case, torch.bfloat16, "meta"))
     assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
 
@@ -109,7 +92,7 @@ def test_shape_function_agrees(case: Case) -> None:
 @each_op
 def test_public_function_compiles_whole(name: str) -> None:
     public = getattr(kernels, name)
-    args = arguments(first_case(name), torch.bfloat16)
+    args = arguments(first_case(name), torch.bfloat16, DEVICE)
     named = dict(zip(inspect.signature(KERNELS[name].reference).parameters, args, strict=True))
 
     def program(named: dict) -> Tensor:

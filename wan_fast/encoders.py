@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import UMT5Config, UMT5EncoderModel
 
 from wan_fast import manifest
 from wan_fast.config import WanFastError
@@ -34,6 +33,9 @@ class TextEncoder(nn.Module):
     """umT5's encoder over one text at a time, unpadded: padding changes nothing but the time it takes."""
 
     def __init__(self, shapes: manifest.Shapes) -> None:
+        # imported here: it takes seconds, and kernels and models are measured where it is not installed
+        from transformers import UMT5Config, UMT5EncoderModel
+
         super().__init__()
         attention_dim, dim = shapes["blocks.0.attn.q.weight"]
         buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]

@@ -1,0 +1,300 @@
+"""Everything worth knowing from one short visit to a machine, most valuable first.
+
+    python -m bench.campaign --minutes 8 --out DIR
+
+Needs torch, triton, numpy and safetensors; rivals and writers take part where they can be imported. The work is done by
+a child process that writes the results file after every finding; a step that crashes or hangs is noted, and another
+child goes on behind it. The visit may be cut off at any second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench import RESULTS, ROOT
+
+if TYPE_CHECKING:
+    import torch
+
+    from bench.results import Results
+
+STEP_LIMIT = 240.0
+NO_LINK = "the link wan_fast/kernels is not here (some copies leave links behind); make it: ln -sfn ../kernels wan_fast/kernels"
+
+
+def steps(device: torch.device, patterns: Sequence[str] = ()) -> dict[str, Callable[[Results], None]]:
+    """Name -> what to do, in order. With patterns, only the cases they name, after the roofs.
+
+    Raises:
+        ValueError: a pattern names no case.
+    """
+    from kernel_cases import REAL_CASES
+
+    from bench.cases import CASES
+    from bench.registry import select
+    from bench.tune import tunable
+
+    cases = [case for case in select(CASES, patterns) if case.device == device.type]
+    if patterns and not cases:
+        raise ValueError(f"the cases {' '.join(patterns)} run on another device than {device.type}")
+    todo: dict[str, Callable[[Results], None]] = {"roofs": partial(find_roofs, device)}
+    if device.type == "cuda" and not patterns:
+        todo["accuracy"] = partial(check_kernels, device)
+    todo |= {case.name: partial(run_case, case, device) for case in cases if case.group == "kernel"}
+    if device.type == "cuda" and not patterns:
+        tiles = [case for case in REAL_CASES if case.op in tunable()]
+        todo |= {f"tiles/{case.op}/{case.id}": partial(find_tiles, case, device) for case in tiles}
+    todo |= {case.name: partial(run_case, case, device) for case in cases if case.group != "kernel"}
+    if device.type == "cuda" and not patterns:
+        todo["sanitizer"] = sanitize
+    return todo
+
+
+# --- the steps ----------------------------------------------------------------------------------------------------------
+
+
+def find_roofs(device: torch.device, results: Results) -> None:
+    from wan_fast.roofs import measured
+
+    for name, rate in measured(device):
+        results.put("roofs", name, rate)
+
+
+def run_case(case: Any, device: torch.device, results: Results) -> None:
+    from bench.registry import run
+
+    results.put("rows", case.name, run(case, device, results.data["roofs"])[0])
+
+
+def check_kernels(device: torch.device, results: Results | None, *, real: bool = True) -> int:
+    """The accuracy rule for every kernel, on the device, small shapes and real ones; returns how many break it."""
+    import torch
+    from kernel_cases import CASES, REAL_CASES, arguments, in_fp64
+    from numerics import assert_as_accurate
+
+    from wan_fast.kernels import KERNELS, backend
+
+    wrong = 0
+    for case in (*CASES, *(REAL_CASES if real else ())):
+        for dtype in (torch.float32, torch.bfloat16):
+            args, kernel = arguments(case, dtype, device), KERNELS[case.op]
+            finding = f"kept by {backend(device, case.op)}"
+            try:
+                assert_as_accurate(kernel.launch(*args), kernel.reference(*in_fp64(args)), kernel.reference(*args))
+            except AssertionError as error:
+                finding, wrong = f"BROKEN by {backend(device, case.op)}: {error}", wrong + 1
+            if results:
+                results.put("accuracy", f"{case.op}/{case.id}/{str(dtype).removeprefix('torch.')}", finding)
+    if wrong and results:
+        raise AssertionError(f"{wrong} kernel cases break the accuracy rule: see the section accuracy")
+    return wrong
+
+
+def find_tiles(case: Any, device: torch.device, results: Results) -> None:
+    import torch
+
+    from bench.tune import sweep
+
+    for dtype in (torch.bfloat16, torch.float32):
+        found = sweep(case, dtype, device)
+        results.put("tiles", f"{case.op}/{case.id}/{str(dtype).removeprefix('torch.')}", found)
+
+
+def sanitize(results: Results) -> None:
+    """The small kernel cases under compute-sanitizer, every allocation on its own, so that an overrun shows."""
+    from bench.registry import NotHere
+
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        raise NotHere("compute-sanitizer is not installed")
+    code = (
+        "import sys, torch; from bench.campaign import check_kernels as c; sys.exit(c(torch.device('cuda'), None, real=False))"
+    )
+    command = [tool, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-c", code]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=STEP_LIMIT - 20)
+    lines = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line] or done.stderr.splitlines()[-1:]
+    if done.returncode:
+        raise AssertionError(f"compute-sanitizer ended with {done.returncode}: {' '.join(lines)}")
+    results.put("notes", "sanitizer", "memcheck: " + " ".join(" ".join(lines).split("=")).strip())
+
+
+# --- the child ----------------------------------------------------------------------------------------------------------
+
+
+def work(path: Path, device_name: str, names: Sequence[str]) -> int:
+    """Do the named steps; one line "begin NAME" before each and "end NAME ..." behind it."""
+    import torch
+
+    from bench.registry import NotHere
+    from bench.results import Results, describe_run
+
+    device = torch.device(device_name)
+    results = Results(path, describe_run(device))
+    todo = {name: step for name, step in steps(device).items() if name in names}
+    for name, step in todo.items():
+        print(f"begin {name}", flush=True)
+        results.data["notes"].pop(name, None)
+        try:
+            step(results)
+            said = "done"
+        except (ImportError, NotHere, torch.OutOfMemoryError) as error:
+            said = f"skipped: {_line(error)}"
+        except Exception as error:  # a step must not take the others with it
+            said = f"FAILED: {type(error).__name__}: {_line(error)}"
+        if said != "done":
+            results.put("notes", name, said)
+        print(f"end {name} {said}", flush=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # raises if the context is lost: the next child has a new one
+            torch.cuda.empty_cache()
+    return 0
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+# --- the parent ---------------------------------------------------------------------------------------------------------
+
+
+def supervise(path: Path, device: str, names: Sequence[str], deadline: float, say: Callable[[str], None] = print) -> list[str]:
+    """Have the steps done by children until all are or the deadline has come; returns those left."""
+    from bench.results import Results
+
+    left = list(names)
+    while left and time.monotonic() < deadline:
+        before = len(left)
+        with tempfile.TemporaryFile("w+") as errors:
+            command = [sys.executable, "-m", "bench.campaign", "--child", str(path), "--device", device, *left]
+            child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+            current, why = _follow(child, left, deadline, say)
+            errors.seek(0)
+            said = errors.read()
+        if why == "time":
+            break
+        if current is not None:
+            note = f"FAILED: {why}: {' '.join(said[-600:].split())}"
+            Results(path, {}).put("notes", current, note)
+            say(f"{current}: {note[:200]}")
+            left.remove(current)
+        elif left and len(left) == before:
+            # it did not get as far as a step: another would not either
+            raise RuntimeError(f"the measuring process does not start: {said[-2000:]}")
+    return left
+
+
+def _follow(child: Any, left: list[str], deadline: float, say: Callable[[str], None]) -> tuple[str | None, str]:
+    """Read what a child says, taking finished steps off `left`, until it ends.
+
+    Returns:
+        The step it was in, or None; and why it ended: "time" where the deadline came.
+    """
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def pump() -> None:
+        for line in child.stdout:
+            lines.put(line.rstrip("\n"))
+        lines.put(None)
+
+    threading.Thread(target=pump, daemon=True).start()
+    current, began = None, time.monotonic()
+    while True:
+        limit = min(deadline, began + STEP_LIMIT)
+        try:
+            line = lines.get(timeout=max(0.0, limit - time.monotonic()))
+        except queue.Empty:
+            child.kill()
+            child.wait()
+            return current, "time" if time.monotonic() >= deadline else f"no end after {STEP_LIMIT:.0f} s"
+        if line is None:
+            return current, f"the process ended with {child.wait()}"
+        kind, _, rest = line.partition(" ")
+        if kind == "begin":
+            current, began = rest, time.monotonic()
+        elif kind == "end" and current is not None:
+            say(f"{current}: {rest.removeprefix(current).strip()} ({time.monotonic() - began:.0f} s)")
+            left.remove(current)
+            current = None
+
+
+def build_extension(say: Callable[[str], None]) -> None:
+    """Build wan_fast._cuda in place where nvcc is and the module is not; kernels come from Triton otherwise."""
+    if (ROOT / "csrc").is_dir() and not list((ROOT / "wan_fast").glob("_cuda*.so")):
+        done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, capture_output=True, text=True)
+        built = bool(list((ROOT / "wan_fast").glob("_cuda*.so")))
+        say("extension built" if built else f"extension not built: {' '.join((done.stdout + done.stderr).split())[-200:]}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.campaign", description="Measure this machine, most valuable first.")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop after this long, wherever it is (default 8)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="DIR", help="DIR/<machine>/<date>.json (default bench/results)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--list", action="store_true", help="name the steps, and stop")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("names", nargs="*", metavar="CASE", help="cases, or patterns such as 'dit/*' (default: all)")
+    parsed = parser.parse_args(argv)
+    if not 0 < parsed.minutes < 24 * 60:
+        parser.error(f"--minutes must be above 0 and below a day, got {parsed.minutes:g}")
+    return parsed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done, or out of time; 1: something failed; 2: the request cannot be carried out."""
+    deadline = time.monotonic()
+    parsed = parse(argv)
+    deadline += 60 * parsed.minutes
+    if not (ROOT / "wan_fast" / "kernels" / "_op.py").is_file():
+        print(f"bench.campaign: error: {NO_LINK}", file=sys.stderr)
+        return 2
+    if parsed.child:
+        return work(parsed.child, parsed.device, parsed.names)
+    import torch
+
+    from bench.results import open_results, read
+
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "bench.campaign: error: --device cuda: there is no GPU that the installed torch can use; take cpu", file=sys.stderr
+        )
+        return 2
+    device = "cuda" if parsed.device != "cpu" and torch.cuda.is_available() else "cpu"
+    try:
+        if device == "cuda" and not parsed.list:
+            build_extension(print)
+        names = list(steps(torch.device(device), parsed.names))
+        if parsed.list:
+            print("\n".join(names))
+            return 0
+        results = open_results(parsed.out, torch.device(device))
+        results.put("notes", "begun", time.strftime("%Y-%m-%d %H:%M:%S"))
+    except (ValueError, OSError) as error:
+        print(f"bench.campaign: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(names)} steps on {results.data['machine']['device']}, at most {parsed.minutes:g} minutes, into {results.path}")
+    left = supervise(results.path, device, names, deadline)
+    failed = [name for name, note in read(results.path)["notes"].items() if note.startswith("FAILED")]
+    for name in failed:
+        print(f"failed: {name}")
+    print(f"{len(names) - len(left)} of {len(names)} steps" + (f"; not reached: {' '.join(left)}" if left else ""))
+    print(results.path)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

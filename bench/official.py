@@ -1,0 +1,86 @@
+"""The official code's way through a denoising step, on this engine's weights, each habit an option of its own.
+
+It computes the same velocity. What it does more: the text is projected, and every block's keys and values of it are
+computed, at every step; Wan 2.2 embeds a timestep per token and holds modulation [L, 6, D] in fp32 for all tokens; the
+rotation is done in fp64. Facts from Wan-Video/Wan2.2 (Apache-2.0), wan/modules/model.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wan_fast.dit import Block, Context, KeysValues, SelfAttention, WanDiT, grid_of, rotation_table, sinusoid, unpatchify
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """What the official step repeats or widens."""
+
+    text_every_step: bool = True
+    modulation_per_token: bool = True
+    rotation_in_fp64: bool = True
+
+
+def official_step(
+    model: WanDiT, latents: Tensor, timestep: Tensor, text: Sequence[Tensor], context: Context, habits: Habits
+) -> Tensor:
+    """Velocity of a noisy clip.
+
+    Args:
+        model: weights.
+        latents: [B, C, T, H, W] fp32.
+        timestep: [B, 1] fp32.
+        text: B tensors [S, text_dim].
+        context: `model.prepare(text, grid)`, for what is not repeated.
+        habits: which of them to have.
+
+    Returns:
+        [B, C, T, H, W] fp32.
+    """
+    grid = grid_of(latents.shape)
+    if habits.text_every_step:
+        context = model.prepare(text, grid)
+    rotation = context.rotation
+    if habits.rotation_in_fp64:
+        rotation = rotation_table(grid, model.dims.head_dim, latents.device).to(torch.complex128)
+    x = model.embed(latents)
+    if habits.modulation_per_token:
+        timestep = timestep.expand(-1, x.shape[1])
+    time = model.time_embedding(sinusoid(timestep, model.dims.freq_dim))  # [B, L or 1, D]
+    modulation = model.time_projection(time).unflatten(-1, (6, -1))  # [B, L or 1, 6, D]
+    for block, keys_values in zip(model.blocks, context.keys_values, strict=True):
+        x = _block(block, x, modulation, rotation, keys_values)
+    shift, scale = (model.head.modulation + time[:, :, None]).unbind(2)
+    return unpatchify(model.head.head(_modulate(x, shift, scale, model.dims.eps)), grid)
+
+
+def _block(block: Block, x: Tensor, modulation: Tensor, rotation: Tensor, keys_values: KeysValues) -> Tensor:
+    shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + modulation).unbind(2)
+    dtype = block.self_attn.q.weight.dtype
+    y = _modulate(x, shift1, scale1, block.eps).to(dtype)
+    x = x + _self_attention(block.self_attn, y, rotation) * gate1
+    x = x + block.cross_attn(block.norm3(x).to(dtype), keys_values)
+    y = _modulate(x, shift2, scale2, block.eps).to(dtype)
+    return x + block.ffn(y) * gate2
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def _self_attention(layer: SelfAttention, x: Tensor, rotation: Tensor) -> Tensor:
+    q = _turn(layer.norm_q(layer.q(x)).unflatten(-1, layer.heads), rotation).to(x.dtype)
+    k = _turn(layer.norm_k(layer.k(x)).unflatten(-1, layer.heads), rotation).to(x.dtype)
+    return layer.o(layer.attention(q, k, layer.v(x).unflatten(-1, layer.heads)).flatten(2))
+
+
+def _turn(x: Tensor, rotation: Tensor) -> Tensor:
+    """Rotation in the precision of `rotation`: [L, K/2] complex64 or complex128."""
+    real = torch.float64 if rotation.dtype == torch.complex128 else torch.float32
+    pairs = torch.view_as_complex(x.to(real).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).float()

@@ -1,0 +1,297 @@
+"""Cases of single operations, at the shapes that the real tasks give them: kernels, GEMM, attention, convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from kernel_cases import REAL_CASES, RealCase, arguments
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.registry import OURS, Build, Case, NotHere, Work
+from wan_fast.attention import sdpa
+from wan_fast.kernels import KERNELS
+from wan_fast.tasks import HEAD_DIM, PATCH, TASKS
+from wan_fast.vae import causal_conv3d
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+
+# (task, width, height, frames): the videos whose shapes are measured
+VIDEOS = (
+    ("ti2v-5B", 1280, 704, 121),
+    ("t2v-1.3B", 832, 480, 81),
+    ("t2v-14B", 832, 480, 81),
+    ("t2v-14B", 1280, 720, 81),
+)
+
+
+def latent_shape(task: str, width: int, height: int, frames: int) -> tuple[int, int, int, int]:
+    return TASKS[task].vae_spec.latent_shape((width, height), frames)
+
+
+def tokens(task: str, width: int, height: int, frames: int) -> int:
+    return prod(latent_shape(task, width, height, frames)[1:]) // prod(PATCH)
+
+
+# --- kernels ------------------------------------------------------------------------------------------------------------
+
+
+def kernel(case: RealCase, dtype: torch.dtype, device: torch.device) -> Work:
+    """An operator as the dispatcher runs it, its reference, and its reference compiled."""
+    op = KERNELS[case.op]
+    args = arguments(case, dtype, device)
+    output = op.op(*args)
+    moved = sum(t.nbytes for t in (*args, *(output if isinstance(output, tuple) else (output,))) if isinstance(t, Tensor))
+
+    def compiled() -> Callable[[], Any]:
+        _needs_cuda(device, "torch.compile of a reference is timed")
+        function = torch.compile(op.reference, fullgraph=True)
+        return lambda: function(*args)
+
+    return Work(
+        arms={
+            OURS: lambda: lambda: op.op(*args),
+            "reference": lambda: lambda: op.reference(*args),
+            "reference, compiled": compiled,
+        },
+        rate="bf16",
+        # rounding may differ by one level of 255
+        tolerance=2e-2,
+        bytes=moved,
+    )
+
+
+# --- GEMM ---------------------------------------------------------------------------------------------------------------
+
+
+def gemm(M: int, K: int, N: int, device: torch.device) -> Work:
+    """[M, K] x [N, K]^T in bf16 as the engine does it, against 8-bit products; "with scaling" quantises x in the call."""
+    x = torch.randn(M, K, device=device).bfloat16()
+    weight, bias = torch.randn(N, K, device=device).bfloat16() / K**0.5, torch.randn(N, device=device).bfloat16()
+
+    def row_scale(t: Tensor) -> Tensor:
+        return t.abs().amax(1, keepdim=True).float() / E4M3_MAX
+
+    def to_fp8(t: Tensor, scale: Tensor) -> Tensor:
+        return (t.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+    def tensorwise() -> Callable[[], Tensor]:
+        sx, sw = (t.abs().amax().float() / E4M3_MAX for t in (x, weight))
+        x8, w8 = to_fp8(x, sx), to_fp8(weight, sw)
+        return lambda: torch._scaled_mm(x8, w8.t(), sx, sw, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    def rowwise(fast: bool, scaling: bool) -> Callable[[], Tensor]:
+        sx, sw = row_scale(x), row_scale(weight)
+        x8, w8 = to_fp8(x, sx), to_fp8(weight, sw)
+        if scaling:
+            _needs_cuda(device, "the compiled quantisation is timed")
+        scale = torch.compile(lambda t: (s := row_scale(t), to_fp8(t, s)))
+
+        def call() -> Tensor:
+            s, q = scale(x) if scaling else (sx, x8)
+            return torch._scaled_mm(q, w8.t(), s, sw.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=fast)
+
+        return call
+
+    def blockwise() -> Callable[[], Tensor]:
+        from torch.nn.functional import ScalingType, scaled_mm
+
+        if K % 128 or N % 128:
+            raise NotHere("blocks of 128 do not divide this shape")
+        sx = x.float().unflatten(1, (-1, 128)).abs().amax(2) / E4M3_MAX  # [M, K/128]
+        sw = weight.float().view(N // 128, 128, K // 128, 128).abs().amax((1, 3)) / E4M3_MAX  # [N/128, K/128]
+        x8 = to_fp8(x, sx.repeat_interleave(128, 1))
+        w8 = to_fp8(weight, sw.repeat_interleave(128, 0).repeat_interleave(128, 1))
+        # cuBLAS wants the scales of one block of K side by side, and rows of four for the weight
+        sx, sw = sx.t().contiguous().t(), F.pad(sw, (0, -sw.shape[1] % 4))
+        kinds = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
+        return lambda: scaled_mm(x8, w8.t(), sx, kinds[0], sw.t(), kinds[1], bias=bias, output_dtype=torch.bfloat16)
+
+    def int8() -> Callable[[], Tensor]:
+        sx, sw = x.abs().amax(1, keepdim=True).float() / 127, weight.abs().amax(1, keepdim=True).float() / 127
+        x8, w8 = (x / sx).round().to(torch.int8), (weight / sw).round().to(torch.int8)
+        scale = sw.t()
+        return lambda: (torch._int_mm(x8, w8.t()) * sx * scale + bias).bfloat16()
+
+    def torchao() -> Callable[[], Tensor]:
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+        layer = torch.nn.Linear(K, N, device=device, dtype=torch.bfloat16)
+        layer.weight.data, layer.bias.data = weight.clone(), bias
+        quantize_(layer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
+        compiled = torch.compile(layer)
+        return lambda: compiled(x)
+
+    return Work(
+        arms={
+            OURS: lambda: lambda: F.linear(x, weight, bias),
+            "fp8 tensorwise": tensorwise,
+            "fp8 rowwise": partial(rowwise, True, False),
+            "fp8 rowwise, slow accumulation": partial(rowwise, False, False),
+            "fp8 rowwise with scaling": partial(rowwise, True, True),
+            "fp8 1x128 and 128x128 blocks": blockwise,
+            "int8 rowwise, unfused epilogue": int8,
+            "torchao fp8 rowwise": torchao,
+        },
+        rate="bf16",
+        tolerance=8e-2,
+        flops=2.0 * M * K * N,
+        bytes=2.0 * (M * K + K * N + M * N),
+    )
+
+
+# --- attention ----------------------------------------------------------------------------------------------------------
+
+
+def attention(L: int, heads: int, device: torch.device) -> Work:
+    """Self-attention of one block: q, k, v [1, L, N, K] bf16."""
+    q, k, v = (torch.randn(1, L, heads, HEAD_DIM, device=device).bfloat16() for _ in range(3))
+
+    def torch_only(which: SDPBackend) -> Build:
+        def build() -> Callable[[], Tensor]:
+            def call() -> Tensor:
+                with sdpa_kernel(which):
+                    return sdpa(q, k, v)
+
+            return call
+
+        return build
+
+    def flash2() -> Callable[[], Tensor]:
+        from flash_attn import flash_attn_func
+
+        return lambda: flash_attn_func(q, k, v)
+
+    def flash3() -> Callable[[], Tensor]:
+        from flash_attn_interface import flash_attn_func
+
+        return lambda: _first(flash_attn_func(q, k, v))
+
+    def flash3_fp8() -> Callable[[], Tensor]:
+        from flash_attn_interface import flash_attn_func
+
+        one = torch.ones(1, heads, device=device)
+        return lambda: _first(flash_attn_func(*(t.to(E4M3) for t in (q, k, v)), q_descale=one, k_descale=one, v_descale=one))
+
+    def flash4() -> Callable[[], Tensor]:
+        from flash_attn.cute import flash_attn_func
+
+        return lambda: _first(flash_attn_func(q, k, v))
+
+    def sage() -> Callable[[], Tensor]:
+        from sageattention import sageattn
+
+        return lambda: sageattn(q, k, v, tensor_layout="NHD")
+
+    def xformers() -> Callable[[], Tensor]:
+        from xformers.ops import memory_efficient_attention
+
+        return lambda: memory_efficient_attention(q, k, v)
+
+    return Work(
+        arms={
+            OURS: lambda: lambda: sdpa(q, k, v),
+            "SDPA cuDNN": torch_only(SDPBackend.CUDNN_ATTENTION),
+            "SDPA flash": torch_only(SDPBackend.FLASH_ATTENTION),
+            "flash-attn 2": flash2,
+            "flash-attn 3": flash3,
+            "flash-attn 3 fp8, casts included": flash3_fp8,
+            "flash-attn 4": flash4,
+            "SageAttention, quantisation included": sage,
+            "xformers": xformers,
+        },
+        rate="bf16",
+        tolerance=1e-1,
+        flops=4.0 * L * L * heads * HEAD_DIM,
+        bytes=2.0 * 4 * L * heads * HEAD_DIM,
+    )
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+# --- convolution --------------------------------------------------------------------------------------------------------
+
+
+def conv3d(channels: int, frames: int, height: int, width: int, device: torch.device) -> Work:
+    """A causal 3x3x3 convolution of the VAE's decoder, with two frames of history."""
+    x, past = (torch.randn(n, channels, height, width, device=device) for n in (frames, 2))
+    weight, bias = (
+        torch.randn(channels, channels, 3, 3, 3, device=device) / (27 * channels) ** 0.5,
+        torch.randn(channels, device=device),
+    )
+    video = torch.cat([past, x]).transpose(0, 1)[None]
+
+    def plain(dtype: torch.dtype, layout: torch.memory_format) -> Build:
+        def build() -> Callable[[], Tensor]:
+            data, kernel = (t.to(dtype).contiguous(memory_format=layout) for t in (video, weight))
+            offset = bias.to(dtype)
+            return lambda: F.conv3d(data, kernel, offset, padding=(0, 1, 1))[0].transpose(0, 1)
+
+        return build
+
+    return Work(
+        arms={
+            OURS: lambda: lambda: causal_conv3d(x, past, weight, bias),
+            "conv3d alone, NCDHW, fp32": plain(torch.float32, torch.contiguous_format),
+            "conv3d alone, NDHWC, fp32": plain(torch.float32, torch.channels_last_3d),
+            "conv3d alone, NCDHW, bf16": plain(torch.bfloat16, torch.contiguous_format),
+            "conv3d alone, NDHWC, bf16": plain(torch.bfloat16, torch.channels_last_3d),
+        },
+        rate="tf32" if device.type == "cuda" else "fp32",
+        tolerance=2e-2,
+        flops=2.0 * 27 * channels**2 * frames * height * width,
+        bytes=4.0 * channels * height * width * (2 * frames + 2),
+    )
+
+
+def _needs_cuda(device: torch.device, what: str) -> None:
+    if device.type != "cuda":
+        raise NotHere(f"{what} on a GPU only")
+
+
+def _gemm_cases() -> list[Case]:
+    cases = []
+    for task, *video in VIDEOS[:3]:
+        spec, M = TASKS[task], tokens(task, *video)
+        shapes = {"qkvo": (spec.dim, spec.dim), "ffn-up": (spec.dim, spec.ffn_dim), "ffn-down": (spec.ffn_dim, spec.dim)}
+        for layer, (K, N) in shapes.items():
+            cases.append(Case(f"gemm/{task}-{layer}/{M}x{K}x{N}/bf16", "cuda", partial(gemm, M, K, N), 2.0))
+    return cases
+
+
+def _attention_cases() -> list[Case]:
+    cases = []
+    for task, *video in VIDEOS:
+        L, heads = tokens(task, *video), TASKS[task].num_heads
+        cases.append(Case(f"attention/{task}/L{L}-N{heads}-K{HEAD_DIM}/bf16", "cuda", partial(attention, L, heads), 4.0))
+    return cases
+
+
+# (VAE, channels, frames at once, height, width): the widest layers of each level that hold most of the work
+_CONVOLUTIONS = (
+    ("2.1", 96, 4, 480, 832),
+    ("2.1", 192, 4, 240, 416),
+    ("2.1", 384, 2, 120, 208),
+    ("2.2", 256, 4, 352, 640),
+    ("2.2", 512, 4, 176, 320),
+    ("2.2", 1024, 2, 88, 160),
+)
+
+KERNEL_CASES = tuple(
+    Case(f"kernel/{case.op}/{case.id}/{name}", "cuda", partial(kernel, case, dtype), 1.0)
+    for case in REAL_CASES
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+)
+GEMM_CASES = tuple(_gemm_cases())
+ATTENTION_CASES = tuple(_attention_cases())
+CONV_CASES = tuple(
+    Case(f"conv3d/vae{vae}/{C}x{T}x{H}x{W}/fp32", "cuda", partial(conv3d, C, T, H, W), 1.0) for vae, C, T, H, W in _CONVOLUTIONS
+)

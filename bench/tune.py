@@ -1,0 +1,125 @@
+"""Tile sweeps: every candidate of a kernel on its real shapes, checked for accuracy, then timed in one run.
+
+    python -m bench.tune [OP ...]
+
+A kernel takes part by its module's `_config(...)`, the tiles in use, and `_CANDIDATES`, those to try. The winner is a
+row for `_config`, written there by hand with the measurement in a comment: nothing is tuned at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from kernel_cases import REAL_CASES, RealCase, arguments
+from numerics import assert_as_accurate
+
+from bench.timer import measure
+from wan_fast.kernels import KERNELS
+
+Tiles = dict[str, int]
+
+
+def tunable() -> list[str]:
+    """The operators whose module has candidates."""
+    return [name for name in KERNELS if hasattr(_module(name), "_CANDIDATES")]
+
+
+def sweep(case: RealCase, dtype: torch.dtype, device: torch.device, *, budget: float = 2.0) -> dict[str, Any]:
+    """Time every candidate on one shape.
+
+    Returns:
+        "current", "best": tiles and seconds. "seconds": of every candidate. "refused": why a candidate cannot be used.
+    """
+    kernel, module = KERNELS[case.op], _module(case.op)
+    args = arguments(case, dtype, device)
+    expected = kernel.reference(*args)
+    seen: list[Tiles] = []
+    with _recorded(module, seen):
+        kernel.launch(*args)
+    current = seen[0]
+    calls, refused = {}, {}
+    for tiles in (current, *(tiles for tiles in module._CANDIDATES if tiles != current)):
+        call = _with_tiles(module, kernel.launch, tiles, args)
+        try:
+            assert_as_accurate(call(), expected.double() if expected.is_floating_point() else expected, expected)
+            calls[_name(tiles)] = call
+        except Exception as error:  # too much shared memory, or a compiler's refusal: Triton has no common type for them
+            refused[_name(tiles)] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    seconds = {name: timing.median for name, timing in measure(calls, device, budget=budget).items()}
+    best = min(seconds, key=lambda name: seconds[name])
+    return {
+        "current": {"tiles": _name(current), "seconds": seconds[_name(current)]},
+        "best": {"tiles": best, "seconds": seconds[best]},
+        "seconds": seconds,
+        "refused": refused,
+    }
+
+
+def _with_tiles(module: Any, launch: Any, tiles: Tiles, args: tuple[Any, ...]) -> Any:
+    def call() -> Any:
+        with _replaced(module, _config=lambda *_: tiles, cuda_extension=lambda _: None):
+            return launch(*args)
+
+    return call
+
+
+@contextmanager
+def _recorded(module: Any, seen: list[Tiles]) -> Iterator[None]:
+    """Note the tiles that `_config` gives."""
+    config = module._config
+
+    def note(*args: Any) -> Tiles:
+        seen.append(config(*args))
+        return seen[-1]
+
+    with _replaced(module, _config=note, cuda_extension=lambda _: None):
+        yield
+
+
+@contextmanager
+def _replaced(module: Any, **names: Any) -> Iterator[None]:
+    """Other values for names of a module, as far as it has them."""
+    before = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    try:
+        for name in before:
+            setattr(module, name, names[name])
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def _module(op: str) -> Any:
+    return sys.modules[KERNELS[op].launch.__module__]
+
+
+def _name(tiles: Tiles) -> str:
+    return " ".join(f"{key}={value}" for key, value in tiles.items())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description="Time every tile candidate of the kernels.")
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"default: all of {' '.join(tunable())}")
+    ops = parser.parse_args().ops or tunable()
+    if unknown := sorted(set(ops) - set(tunable())):
+        parser.error(f"no tunable operator is called {unknown[0]!r}; there are: {' '.join(tunable())}")
+    if not torch.cuda.is_available():
+        parser.error("tile sweeps need a GPU, and there is none that the installed torch can use")
+    for case in REAL_CASES:
+        for dtype in (torch.bfloat16, torch.float32) if case.op in ops else ():
+            found = sweep(case, dtype, torch.device("cuda"))
+            print(f"{case.op} {case.id} {dtype}")
+            for tiles, seconds in sorted(found["seconds"].items(), key=lambda item: item[1]):
+                print(f"  {1e6 * seconds:10.1f} us  {tiles}{'  <- in use' if tiles == found['current']['tiles'] else ''}")
+            for tiles, why in found["refused"].items():
+                print(f"  {'refused':>13s}  {tiles}: {why}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

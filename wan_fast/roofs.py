@@ -1,0 +1,103 @@
+"""What a device can do at best, measured: bytes copied per second, and operations of a large matrix product per second.
+
+These are the roofs that every "% of roof" of this project refers to, in the profile of a run and in the benchmarks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+# fp32 is true fp32; a GPU in this project runs convolutions, and nothing else, in tf32
+PRODUCTS = ("fp32", "tf32", "bf16", "fp8", "int8")
+
+
+def measured(device: torch.device, products: Iterable[str] = PRODUCTS) -> Iterator[tuple[str, float]]:
+    """("copy", bytes per second), then (product, operations per second) for those that the device has."""
+    yield "copy", copy_rate(device)
+    for kind in products:
+        try:
+            yield kind, product_rate(device, kind)
+        except (RuntimeError, NotImplementedError):
+            continue
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second, those read and those written, of a copy that no cache holds."""
+    count = 2**31 if device.type == "cuda" else 2**28
+    source, target = (torch.empty(count, dtype=torch.uint8, device=device).fill_(i) for i in range(2))
+    return 2 * count / _fastest(lambda: target.copy_(source), device)
+
+
+def product_rate(device: torch.device, kind: str) -> float:
+    """Operations per second (a multiply-add is two) of a product of square matrices; `kind` is one of PRODUCTS.
+
+    Raises:
+        RuntimeError: the device has no such product.
+    """
+    size = 8192 if device.type == "cuda" else 2048
+    multiply = _PRODUCTS[kind](size, device)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+    try:
+        return 2 * size**3 / _fastest(multiply, device)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _product(dtype: torch.dtype) -> Callable[[int, torch.device], Callable[[], Tensor]]:
+    def make(size: int, device: torch.device) -> Callable[[], Tensor]:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        # x @ weight.t(), as linears are stored: elsewhere CPUs without bf16 instructions are another 15 times slower
+        return lambda: a @ b.t()
+
+    return make
+
+
+def _tf32(size: int, device: torch.device) -> Callable[[], Tensor]:
+    if device.type != "cuda":
+        raise RuntimeError("tf32 is a mode of NVIDIA GPUs")
+    return _product(torch.float32)(size, device)
+
+
+def _fp8(size: int, device: torch.device) -> Callable[[], Tensor]:
+    a, b = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device=device)
+    return lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def _int8(size: int, device: torch.device) -> Callable[[], Tensor]:
+    a, b = (torch.randint(-127, 128, (size, size), device=device).to(torch.int8) for _ in range(2))
+    return lambda: torch._int_mm(a, b.t())
+
+
+_PRODUCTS = {
+    "fp32": _product(torch.float32),
+    "tf32": _tf32,
+    "bf16": _product(torch.bfloat16),
+    "fp8": _fp8,
+    "int8": _int8,
+}
+
+
+def _fastest(call: Callable[[], object], device: torch.device, *, seconds: float = 0.3, most: int = 20) -> float:
+    """Seconds of the fastest call: what noise and other work only ever add to."""
+    call()
+    best, spent = float("inf"), 0.0
+    while spent < seconds and most > 0:
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            taken = start.elapsed_time(end) / 1e3
+        else:
+            begin = time.perf_counter()
+            call()
+            taken = time.perf_counter() - begin
+        best, spent, most = min(best, taken), spent + taken, most - 1
+    return best
