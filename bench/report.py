@@ -113,7 +113,7 @@ def _legend(found: list[Machine]) -> str:
         return "Nothing has been measured yet."
     said = [
         "Times are medians of rounds in which all arms run in turn, A B B A; in brackets the lowest and highest round.",
-        "The roof is the machine's own, measured in the same run: its copy, or its matrix product in the precision of the work.",
+        "The roof is the machine's own, from the same run: its copy, or its matrix product in the precision of the work.",
         "All arms, and what the machines are: [bench/results](bench/results/README.md).",
     ]
     return "\n".join(said)

@@ -21,7 +21,9 @@ from wan_fast.tasks import TASKS
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from wan_fast.engine import Engine, Video
     from wan_fast.planning import Plan
+    from wan_fast.profiling import Profile
 
 _EXAMPLE = 'wan-fast run --task ti2v-5B --ckpt_dir tiny --prompt "a red ball bounces" --save_file ball.mp4'
 
@@ -93,6 +95,8 @@ def _run(words: Sequence[str]) -> int:
     parser = _run_parser("run")
     config, request, output = _options(parser.parse_args(words))
     _check_folders(output)
+    if output.profile:  # else torch's profiler reports its own comings and goings; read when torch is imported
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     todo = wan_fast.plan(config, request)
     target = _check_outputs(output, todo)
     _say_plan(todo)
@@ -107,7 +111,12 @@ def _run(words: Sequence[str]) -> int:
     with _Bars(output.quiet) as bars:
         engine = wan_fast.Engine(config, request=request, on_progress=bars)
         frames = _FloatFrames(todo) if output.save_frames else None
-        result = engine.generate(request, on_progress=bars, on_frames=frames)
+
+        def generate() -> Video:
+            return engine.generate(request, on_progress=bars, on_frames=frames)
+
+        profile = _profile(engine, request, generate) if output.profile else None
+        result = profile.result if profile else generate()
         if frames and output.save_frames:
             with video.whole(Path(output.save_frames)) as scratch:
                 save_file({"frames": frames.tensor}, scratch)
@@ -117,11 +126,21 @@ def _run(words: Sequence[str]) -> int:
         if output.stats:
             with video.whole(Path(output.stats)) as scratch:
                 scratch.write_text(json.dumps(result.stats, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+        if profile:
+            profile.write_trace(trace := target.with_suffix(".trace.json"))
         video.write(result.frames, target, result.fps)
+    if profile:
+        print("\n".join([*profile.table(), f"trace       {trace}; open it in ui.perfetto.dev"]))
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in result.stats["seconds"].items())
     print(f"done        {seconds}; peak {_gib(result.stats['peak_bytes'])}")
     print(target)
     return 0
+
+
+def _profile(engine: Engine, request: Request, generate: Callable[[], Video]) -> Profile[Video]:
+    from wan_fast.profiling import Profile
+
+    return Profile(engine, engine.plan(request), generate)
 
 
 class _FloatFrames:

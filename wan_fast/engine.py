@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from wan_fast import checkpoint as checkpoints
 from wan_fast import manifest, video
@@ -258,9 +259,10 @@ class Engine:
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        with record_function(name):  # a mark in the trace of --profile
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         self._seconds[name] = time.perf_counter() - start
 
     def _reset_peak(self) -> None:

@@ -6,13 +6,15 @@ No tensor is read back and no host tensor is made inside, so a GPU runs ahead of
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-
-from torch import Tensor
+from typing import TYPE_CHECKING, TypeAlias
 
 from wan_fast.steps import Step
 
+if TYPE_CHECKING:  # without torch at run time, the loop's own instructions can be counted
+    from torch import Tensor
+
 # (step, latents [C, T, H, W], branch) -> velocity [C, T, H, W]; branch is "conditional" or "unconditional"
-Velocity = Callable[[Step, Tensor, str], Tensor]
+Velocity: TypeAlias = "Callable[[Step, Tensor, str], Tensor]"
 
 
 def denoise(

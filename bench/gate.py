@@ -1,0 +1,83 @@
+"""The regression gate: has anything become slower? By measures that noise does not trip.
+
+    python -m bench.gate NEW.json [--against OLD.json]
+
+Times of two runs are never compared, only ratios to a rival within each run, on one machine and with the same versions of
+everything but this engine: a case has regressed where its best round now is more than a twentieth below its worst round
+then. The host's own work per step is compared in instructions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench import RESULTS, host_loop
+from bench.results import newest, read
+
+MARGIN = 1.05
+# yardsticks per step, a tenth above what Python 3.10 to 3.13 need (0.076 to 0.096 and 0.044 to 0.058)
+HOST_LIMITS = {"plan": 0.106, "sampler": 0.064}
+
+
+def regressions(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[str]:
+    """A line for every case and rival whose ratio has fallen.
+
+    Raises:
+        ValueError: the two cannot be compared.
+    """
+    for what, get in (("machine", _machine), ("versions", _versions)):
+        if get(new) != get(old):
+            raise ValueError(f"the runs are not of one {what}: {get(new)} and {get(old)}; measure both on one")
+    for case, row in new["rows"].items():
+        for name, arm in row["arms"].items():
+            before = old["rows"].get(case, {"arms": {}})["arms"].get(name, {})
+            if "ratio" in arm and "ratio" in before and arm["ratio"]["high"] * MARGIN < before["ratio"]["low"]:
+                now, then = arm["ratio"], before["ratio"]
+                yield f"{case} against {name}: {now['low']:.2f} to {now['high']:.2f} now, {then['low']:.2f} to {then['high']:.2f} then"
+
+
+def host_regressions() -> Iterator[str]:
+    """A line for every part of the host's loop that needs more instructions than it may."""
+    for kind, count in host_loop.per_step().items():
+        if kind in HOST_LIMITS and count > HOST_LIMITS[kind]:
+            yield f"host loop, {kind}: {count:.3f} yardsticks per step, at most {HOST_LIMITS[kind]} are allowed"
+
+
+def _machine(data: Mapping[str, Any]) -> Any:
+    return data["machine"]["device"]
+
+
+def _versions(data: Mapping[str, Any]) -> Any:
+    return {name: number for name, number in data["versions"].items() if name != "wan-fast"}
+
+
+def main() -> int:
+    """0: nothing is slower; 1: something is; 2: the request cannot be carried out."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gate", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("new", type=Path, metavar="NEW.json", help="what python -m bench.campaign wrote")
+    parser.add_argument("--against", type=Path, metavar="OLD.json", help="default: the newest in bench/results of that machine")
+    parsed = parser.parse_args()
+    try:
+        new = read(parsed.new)
+        old = read(parsed.against) if parsed.against else _recorded(new)
+        found = [*regressions(new, old), *host_regressions()]
+    except (ValueError, RuntimeError) as error:
+        print(f"bench.gate: error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(found) or "nothing has become slower")
+    return 1 if found else 0
+
+
+def _recorded(new: Mapping[str, Any]) -> Mapping[str, Any]:
+    for _, data in newest(RESULTS):
+        if _machine(data) == _machine(new):
+            return data
+    raise ValueError(f"bench/results has nothing of {_machine(new)} to compare with; give --against")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

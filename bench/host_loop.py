@@ -1,0 +1,105 @@
+"""The host's own work per denoising step, in instructions: what it costs to plan a step and to drive the sampler.
+
+    python -m bench.host_loop
+
+Runs under callgrind, on tensors that do nothing, so the number is the same on every run: no noise trips it. The
+difference between two lengths of the loop leaves out starting Python. In units of a fixed piece of Python that is counted
+alongside, so that another interpreter moves both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from bench import ROOT
+
+LENGTHS = (40, 140)
+KINDS = ("yardstick", "plan", "sampler")
+
+
+class Nothing:
+    """Stands in for latents: every operation returns it."""
+
+    shape = (48, 31, 44, 80)
+
+    def _same(self, *_: object, **__: object) -> Nothing:
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = add_ = clone = _same
+    __getitem__ = _same
+
+    def __setitem__(self, *_: object) -> None: ...
+
+
+def yardstick(count: int) -> None:
+    """One unit per step: a thousand additions to a list's items."""
+    for _ in range(count):
+        items = [0] * 1000
+        for i in range(1000):
+            items[i] += i
+
+
+def plan(count: int) -> None:
+    from wan_fast.steps import step_plan
+    from wan_fast.tasks import TASKS
+
+    step_plan(TASKS["t2v-A14B"], "unipc", count, 12.0, (3.0, 4.0))
+
+
+def sampler(count: int) -> None:
+    from wan_fast.sampler import denoise
+    from wan_fast.steps import step_plan
+    from wan_fast.tasks import TASKS
+
+    # planned for one length, so that only the loop differs
+    steps = step_plan(TASKS["ti2v-5B"], "unipc", LENGTHS[-1], 5.0, (5.0, 5.0))[:count]
+    nothing = Nothing()
+    denoise(steps, nothing, lambda step, latents, branch: nothing, known=nothing)  # type: ignore[arg-type]
+
+
+def instructions(kind: str, count: int) -> int:
+    """Instructions of a process that does `count` steps of one kind.
+
+    Raises:
+        RuntimeError: callgrind is not installed, or the process failed.
+    """
+    if shutil.which("valgrind") is None:
+        raise RuntimeError("valgrind is not installed; on Debian: apt install valgrind")
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={Path(folder, 'out')}", sys.executable, "-S"]
+        # hashes of strings decide how dictionaries are laid out; -S: nothing installed has a say
+        environment = {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/bin:/bin"}
+        command += ["-c", f"from bench.host_loop import {kind}; {kind}({count})"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    found = re.search(r"Collected\s*:\s*(\d+)", done.stderr)
+    if done.returncode or not found:
+        raise RuntimeError(f"callgrind ended with {done.returncode}: {done.stderr[-1000:]}")
+    return int(found[1])
+
+
+def per_step() -> dict[str, float]:
+    """Instructions per step of each kind; "yardstick" as counted, the others in yardsticks."""
+    short, long = LENGTHS
+    counts = {kind: (instructions(kind, long) - instructions(kind, short)) / (long - short) for kind in KINDS}
+    return {kind: count if kind == "yardstick" else count / counts["yardstick"] for kind, count in counts.items()}
+
+
+def main() -> int:
+    argparse.ArgumentParser(prog="python -m bench.host_loop", description=(__doc__ or "").splitlines()[0]).parse_args()
+    try:
+        print(json.dumps(per_step(), indent=1))
+    except RuntimeError as error:
+        print(f"bench.host_loop: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
