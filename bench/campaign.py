@@ -170,16 +170,31 @@ def _line(error: BaseException) -> str:
 # --- the parent ---------------------------------------------------------------------------------------------------------
 
 
-def supervise(path: Path, device: str, names: Sequence[str], deadline: float, say: Callable[[str], None] = print) -> list[str]:
-    """Have the steps done by children until all are or the deadline has come; returns those left."""
+def supervise(
+    path: Path, command: Sequence[str], names: Sequence[str], deadline: float, say: Callable[[str], None] = print
+) -> list[str]:
+    """Have steps done by children until all are or the deadline has come.
+
+    Args:
+        path: the results file.
+        command: starts a child; the names of the steps to do are appended.
+        names: the steps.
+        deadline: on the monotonic clock.
+        say: where a line per step goes.
+
+    Returns:
+        The steps that were not done.
+
+    Raises:
+        RuntimeError: a child does not get as far as its first step.
+    """
     from bench.results import Results
 
     left = list(names)
     while left and time.monotonic() < deadline:
         before = len(left)
         with tempfile.TemporaryFile("w+") as errors:
-            command = [sys.executable, "-m", "bench.campaign", "--child", str(path), "--device", device, *left]
-            child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+            child = subprocess.Popen([*command, *left], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
             current, why = _follow(child, left, deadline, say)
             errors.seek(0)
             said = errors.read()
@@ -287,7 +302,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bench.campaign: error: {error}", file=sys.stderr)
         return 2
     print(f"{len(names)} steps on {results.data['machine']['device']}, at most {parsed.minutes:g} minutes, into {results.path}")
-    left = supervise(results.path, device, names, deadline)
+    child = [sys.executable, "-m", "bench.campaign", "--child", str(results.path.resolve()), "--device", device]
+    left = supervise(results.path, child, names, deadline)
     failed = [name for name, note in read(results.path)["notes"].items() if note.startswith("FAILED")]
     for name in failed:
         print(f"failed: {name}")

@@ -37,7 +37,7 @@ def regressions(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[str]
             before = old["rows"].get(case, {"arms": {}})["arms"].get(name, {})
             if "ratio" in arm and "ratio" in before and arm["ratio"]["high"] * MARGIN < before["ratio"]["low"]:
                 now, then = arm["ratio"], before["ratio"]
-                yield f"{case} against {name}: {now['low']:.2f} to {now['high']:.2f} now, {then['low']:.2f} to {then['high']:.2f} then"
+                yield f"{case} against {name}: {_span(now)} now, {_span(then)} then"
 
 
 def host_regressions() -> Iterator[str]:
@@ -45,6 +45,10 @@ def host_regressions() -> Iterator[str]:
     for kind, count in host_loop.per_step().items():
         if kind in HOST_LIMITS and count > HOST_LIMITS[kind]:
             yield f"host loop, {kind}: {count:.3f} yardsticks per step, at most {HOST_LIMITS[kind]} are allowed"
+
+
+def _span(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['low']:.2f} to {ratio['high']:.2f}"
 
 
 def _machine(data: Mapping[str, Any]) -> Any:

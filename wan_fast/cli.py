@@ -225,6 +225,8 @@ def _check_outputs(output: Output, todo: Plan) -> Path:
         suffix = ".png" if spec.image_only else ".mp4"
         target = Path(f"{spec.name}_{request.size[0]}x{request.size[1]}_{words}_{time.strftime('%Y%m%d_%H%M%S')}{suffix}")
     video.check_output(target, request.num_frames, spec.image_only)
+    if output.profile:
+        video.check_folder(target.with_suffix(".trace.json"), "--profile")
     return target
 
 

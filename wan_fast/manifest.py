@@ -232,13 +232,21 @@ def text_flops(shapes: Shapes, tokens: int) -> float:
     return 2.0 * tokens * linear + 4.0 * layers * tokens * tokens * width
 
 
-def vae_flops(dims: VaeDims, part: str, frames: int, height: int, width: int) -> float:
-    """FLOPs of decoding or encoding a clip of latent size `frames`, `height`, `width`; `part` is decoder or encoder."""
+def vae_flops(dims: VaeDims, part: str, frames: int, height: int, width: int, *, with_zeros: bool = False) -> float:
+    """FLOPs of decoding or encoding a clip of latent size `frames`, `height`, `width`; `part` is decoder or encoder.
+
+    Of a convolution over three frames the clip's first frame needs one tap: before it there are zeros, which count only
+    `with_zeros`, as in published figures.
+    """
     total = 0.0
     for name, shape in vae_shapes(dims).items():
         inside = name.startswith(part) or name == ("conv2.weight" if part == "decoder" else "conv1.weight")
         if inside and len(shape) >= 4 and name.endswith("weight"):
-            total += 2.0 * prod(shape) * _positions(name, dims, part, frames, height, width)
+            positions = _positions(name, dims, part, frames, height, width)
+            zeros = 0.0
+            if len(shape) == 5 and shape[2] == 3 and "time_conv" not in name and not with_zeros:
+                zeros = 2 / 3 * _positions(name, dims, part, 1, height, width)
+            total += 2.0 * prod(shape) * (positions - zeros)
     # the middle block's attention: every position of a frame to every other
     head_dim = 4 * (dims.decoder_dim if part == "decoder" else dims.encoder_dim)
     return total + 4.0 * frames * (height * width) ** 2 * head_dim

@@ -229,7 +229,7 @@ class _CountAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        q, k, v = args
+        q, k, v = (*args[:3], *((kwargs or {}).get(name) for name in ("query", "key", "value")[len(args) :]))
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         self.count.add("attention", 4 * prod(q.shape) * k.shape[-2], (q, k, v, out))
         return out

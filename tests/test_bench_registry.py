@@ -1,0 +1,153 @@
+from functools import partial
+
+import pytest
+import torch
+from models import random_dit
+
+from bench import networks, registry
+from bench.cases import CASES
+from bench.official import Habits, official_step
+from bench.registry import OURS, Case, NotHere, Work
+from bench.timer import measure
+from wan_fast.dit import grid_of
+from wan_fast.manifest import DiTDims
+from wan_fast.profiling import Count, _CountAttention
+
+META, CPU = torch.device("meta"), torch.device("cpu")
+FIRST = {case.group: case.name for case in reversed(CASES)}
+BUILT_ON_META = [case for case in CASES if case.group not in ("run", "denoise")]
+
+
+@pytest.mark.parametrize("case", BUILT_ON_META, ids=lambda case: case.name)
+def test_every_case_runs_on_meta_and_states_its_work(case):
+    """Full-size GPU cases too, without a GPU: every arm of each group's first case, ours of the others."""
+    with torch.no_grad():  # in inference mode linears would be counted before they are products
+        work = case.make(META)
+        for name, build in work.arms.items():
+            if name != OURS and case.name != FIRST[case.group]:
+                continue
+            try:
+                call = build()
+            except (ImportError, NotHere):
+                assert name != OURS
+                continue
+            if "padded" in name:
+                continue  # transformers reads its mask back, which meta cannot
+            with Count() as count, _CountAttention(count):
+                call()
+            if name == OURS:
+                flops = sum(done.flops for done in count.work.values())
+                assert flops == pytest.approx(work.flops, rel=0.02)
+    assert case.group == "kernel" or work.flops > 0
+    assert work.bytes > 0
+
+
+def test_denoising_runs_every_step_in_both_branches():
+    with torch.no_grad():
+        work = networks.denoising("t2v-1.3B", (64, 64, 5), 2, META)
+        with Count() as count, _CountAttention(count):
+            work.arms[OURS]()()
+    assert sum(done.flops for done in count.work.values()) == pytest.approx(work.flops, rel=0.02)
+
+
+def test_names_are_unique_and_say_group_and_dtype():
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    assert all(name.count("/") == 3 and name.endswith(("/bf16", "/fp32")) for name in names)
+    assert any(case.headline and case.device == "cpu" for case in CASES)
+
+
+@pytest.mark.parametrize("habits", [Habits(), Habits(False, False, False), Habits(modulation_per_token=False)])
+def test_the_official_recipe_computes_the_same(habits):
+    dims = DiTDims(dim=256, ffn_dim=320, num_heads=2, num_layers=2, in_dim=16, out_dim=16, text_dim=32, text_len=20)
+    model, x, text = random_dit(dims), torch.randn(1, 16, 3, 4, 6), torch.randn(7, 32)
+    t, context = torch.tensor([[500.0]]), model.prepare([text], grid_of(x.shape))
+    expected = model(x, t, context)
+    actual = official_step(model, x, t, [text], context, habits)
+    assert ((actual - expected).norm() / expected.norm()).item() < 1e-5
+
+
+def test_arms_run_in_turn_and_back():
+    calls = []
+    arms = {name: partial(calls.append, name) for name in "abc"}
+    timings = measure(arms, CPU, budget=0.0, least=4)
+    assert "".join(calls[-24:]) == "abccba" * 4
+    assert all(len(t.seconds) == 4 and min(t.seconds) >= 0 for t in timings.values())
+
+
+def test_peak_is_what_a_call_adds():
+    held = torch.zeros(1000)
+
+    def call():
+        first = held + 1
+        second = first + 1
+        del first
+        return second.sum()
+
+    assert measure({"a": call}, CPU, budget=0.0)["a"].peak_bytes == 8000
+
+
+def case_of(arms, tolerance=1e-3):
+    return Case("toy/x/1/fp32", "cpu", lambda device: Work(arms=arms, rate="fp32", tolerance=tolerance, flops=1e6), 0.01)
+
+
+def gives(value):
+    return lambda: lambda: torch.tensor([1.0, value])
+
+
+def missing():
+    import no_such_package  # noqa: F401
+
+    return lambda: None
+
+
+def refuses():
+    raise NotHere("needs another machine")
+
+
+def breaks():
+    def call():
+        raise RuntimeError("out of\n  memory")
+
+    return call
+
+
+def test_a_rival_that_is_missing_is_a_skipped_arm():
+    arms = {OURS: gives(1.0), "same": gives(1.0), "absent": missing, "elsewhere": refuses, "broken": breaks}
+    row, samples = registry.run(case_of(arms), CPU, {"copy": 1e9, "fp32": 1e9})
+    assert set(row["arms"]) == {OURS, "same"}
+    assert row["skipped"] == {
+        "absent": "No module named 'no_such_package'",
+        "elsewhere": "needs another machine",
+        "broken": "RuntimeError: out of memory",
+    }
+    assert row["arms"]["same"]["ratio"]["low"] <= row["arms"]["same"]["ratio"]["median"] <= row["arms"]["same"]["ratio"]["high"]
+    assert row["arms"][OURS]["of_roof"] == pytest.approx(1e-3 / row["arms"][OURS]["seconds"])
+    assert len(samples) == row["arms"][OURS]["rounds"]
+
+
+@pytest.mark.parametrize("value", [1.01, float("nan")])
+def test_arms_that_do_other_work_are_not_timed(value):
+    with pytest.raises(AssertionError, match="other does other work than wan-fast"):
+        registry.run(case_of({OURS: gives(1.0), "other": gives(value)}), CPU, {})
+
+
+@pytest.mark.parametrize(("build", "error"), [(breaks, RuntimeError), (missing, NotHere)])
+def test_ours_must_run(build, error):
+    with pytest.raises(error):
+        registry.run(case_of({OURS: build}), CPU, {})
+
+
+def test_an_unknown_case_names_the_known_ones():
+    assert registry.select(CASES, ["dit/toy-width/*"])[0].name == "dit/toy-width/48x9x8x8/fp32"
+    assert len(registry.select(CASES, [])) == len(CASES)
+    with pytest.raises(ValueError, match=r"no case is called 'dit/toy-widht.*did you mean dit/toy-width") as error:
+        registry.select(CASES, ["vae/*", "dit/toy-widht/48x9x8x8/fp32"])
+    assert all(case.name in str(error.value) for case in CASES)
+
+
+def test_a_roof_that_was_not_measured_gives_no_share():
+    assert registry.roof_seconds(1e9, 1e6, "bf16", {"copy": 1e9, "fp32": 1e9}) is None
+    assert registry.roof_seconds(0, 0, "fp32", {"copy": 1e9, "fp32": 1e9}) is None
+    assert registry.roof_seconds(0, 1e6, "fp32", {"copy": 1e9}) == pytest.approx(1e-3)
+    assert registry.roof_seconds(1e9, 1e6, "fp32", {"copy": 1e9, "fp32": 1e9}) == pytest.approx(1.0)

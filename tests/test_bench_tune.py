@@ -1,0 +1,66 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from kernel_cases import REAL_CASES, RealCase
+
+from bench import tune
+from wan_fast.kernels import KERNELS
+from wan_fast.kernels._op import Kernel
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def doubling(monkeypatch):
+    """An operator whose tiles decide how long it takes, and whether it is right."""
+    module = ModuleType("doubling")
+    code = """
+import time
+_CANDIDATES = ({"BLOCK": 1}, {"BLOCK": 2}, {"BLOCK": 4}, {"BLOCK": 8})
+def _config(size): return {"BLOCK": 2}
+def launch(x):
+    block = _config(x.numel())["BLOCK"]
+    if block == 4: raise RuntimeError("out of resource: shared memory")
+    time.sleep(0.004 / block)
+    return x * (3 if block == 8 else 2)
+"""
+    exec(code, module.__dict__)
+    module.launch.__module__ = "doubling"
+    monkeypatch.setitem(sys.modules, "doubling", module)
+    monkeypatch.setitem(KERNELS, "doubling", Kernel("doubling", None, module.launch, lambda x: x * 2, False))
+    return module
+
+
+def test_the_fastest_tiles_that_are_right_win(doubling):
+    case = RealCase("doubling", "x", lambda dtype: (torch.empty(10, dtype=dtype, device="meta"),), 32)
+    found = tune.sweep(case, torch.float32, torch.device("cpu"), budget=0.1)
+    assert set(found["seconds"]) == {"BLOCK=1", "BLOCK=2"}
+    assert found["current"]["tiles"] == found["best"]["tiles"] == "BLOCK=2"
+    assert found["seconds"]["BLOCK=1"] > found["seconds"]["BLOCK=2"]
+    assert "shared memory" in found["refused"]["BLOCK=4"] and "AssertionError: error" in found["refused"]["BLOCK=8"]
+    # what was tried leaves nothing behind
+    start = time.perf_counter()
+    assert torch.equal(doubling.launch(torch.ones(2)), torch.full((2,), 2.0)) and time.perf_counter() - start < 0.1
+    assert doubling._config(1) == {"BLOCK": 2}
+
+
+def test_every_kernel_with_tiles_takes_part():
+    assert tune.tunable() == [name for name in KERNELS if "_CANDIDATES" in vars(sys.modules[KERNELS[name].launch.__module__])]
+    for name in tune.tunable():
+        module = sys.modules[KERNELS[name].launch.__module__]
+        assert len(module._CANDIDATES) > 1 and any(case.op == name for case in REAL_CASES)
+
+
+@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="no checkout")
+@pytest.mark.parametrize(("argument", "said"), [("frames_to_int8", "there are: frames_to_uint8"), ("", "need a GPU")])
+def test_bad_input(argument, said):
+    if not argument and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "bench.tune", *([argument] if argument else [])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
