@@ -257,7 +257,7 @@ def text(shapes: manifest.Shapes, count: int, dtype: torch.dtype, device: torch.
         return ours.model(input_ids=padded, attention_mask=mask).last_hidden_state[0, :count]
 
     return Work(
-        arms={OURS: lambda: partial(ours, ids), "padded to 512, as officially and in diffusers": lambda: official},
+        arms={OURS: lambda: partial(ours, ids), "padded to 512, as in diffusers": lambda: official},
         rate="bf16" if dtype == BF16 else "fp32",
         tolerance=1e-4 if dtype == FP32 else 5e-2,
         flops=manifest.text_flops(shapes, count),

@@ -182,3 +182,62 @@ def test_a_file_that_is_no_result(text, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError, match=r"x\.json is no results file"):
         read(tmp_path / "x.json")
+
+
+# --- steps that need a GPU, without one ----------------------------------------------------------------------------------
+
+
+def test_order_of_a_visit_to_a_gpu():
+    names = list(campaign.steps(torch.device("cuda")))
+    place = {name: i for i, name in enumerate(names)}
+    assert names[:2] == ["roofs", "accuracy"] and names[-1] == "sanitizer"
+    order = ["kernel/frames_to_uint8/480p-81/bf16", "tiles/frames_to_uint8/480p-81", "dit/ti2v-5B/1280x704x121/bf16"]
+    order += ["vae/2.2-decode/1280x704x17/fp32", "denoise/ti2v-5B/1280x704x121-50-steps/bf16"]
+    order += [
+        "attention/t2v-14B/L75600-N40-K128/bf16",
+        "gemm/t2v-14B-qkvo/32760x5120x5120/bf16",
+        "conv3d/vae2.1/96x4x480x832/fp32",
+    ]
+    assert [place[name] for name in order] == sorted(place[name] for name in order)
+    assert list(campaign.steps(torch.device("cuda"), ["vae/2.2-*"])) == [
+        *("roofs", "vae/2.2-decode/1280x704x17/fp32", "vae/2.2-encode/1280x704x1/fp32")
+    ]
+
+
+@pytest.mark.parametrize("factor", [2.0, 2.1, float("nan")])
+def test_a_kernel_that_breaks_the_accuracy_rule_is_a_failure(factor, path, monkeypatch):
+    import kernel_cases
+
+    from wan_fast.kernels import KERNELS
+    from wan_fast.kernels._op import Kernel
+
+    case = kernel_cases.Case("doubling", "x", lambda dtype: (torch.randn(50).to(dtype),))
+    monkeypatch.setattr(kernel_cases, "CASES", [case])
+    monkeypatch.setattr(kernel_cases, "REAL_CASES", [])
+    monkeypatch.setitem(KERNELS, "doubling", Kernel("doubling", None, lambda x: x * factor, lambda x: x * 2, False))
+    file = Results(path, {})
+    if factor == 2.0:
+        assert campaign.check_kernels(torch.device("cpu"), file) == 0
+        assert file.data["accuracy"] == dict.fromkeys(("doubling/x/float32", "doubling/x/bfloat16"), "kept by reference")
+    else:
+        with pytest.raises(AssertionError, match="2 kernel cases break the accuracy rule"):
+            campaign.check_kernels(torch.device("cpu"), file)
+        assert file.data["accuracy"]["doubling/x/float32"].startswith("BROKEN by reference: error")
+
+
+@pytest.mark.parametrize("code", [0, 99])
+def test_compute_sanitizer(code, path, tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(f"#!/bin/sh\necho '========= ERROR SUMMARY: {code} errors'\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    file = Results(path, {})
+    if code:
+        with pytest.raises(AssertionError, match=r"ended with 99: =* ERROR SUMMARY: 99 errors"):
+            campaign.sanitize(file)
+    else:
+        campaign.sanitize(file)
+        assert file.data["notes"]["sanitizer"] == "memcheck: ERROR SUMMARY: 0 errors"
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(Exception, match="compute-sanitizer is not installed"):
+        campaign.sanitize(file)

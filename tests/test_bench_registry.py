@@ -9,6 +9,7 @@ from bench.cases import CASES
 from bench.official import Habits, official_step
 from bench.registry import OURS, Case, NotHere, Work
 from bench.timer import measure
+from wan_fast import manifest
 from wan_fast.dit import grid_of
 from wan_fast.manifest import DiTDims
 from wan_fast.profiling import Count, _CountAttention
@@ -151,3 +152,26 @@ def test_a_roof_that_was_not_measured_gives_no_share():
     assert registry.roof_seconds(0, 0, "fp32", {"copy": 1e9, "fp32": 1e9}) is None
     assert registry.roof_seconds(0, 1e6, "fp32", {"copy": 1e9}) == pytest.approx(1e-3)
     assert registry.roof_seconds(1e9, 1e6, "fp32", {"copy": 1e9, "fp32": 1e9}) == pytest.approx(1.0)
+
+
+def test_a_ratio_above_one_means_that_ours_is_faster():
+    assert registry.ratio([2.0, 4.0, 3.0], [1.0, 1.0, 1.0]) == {"median": 3.0, "low": 2.0, "high": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("make", "rivals"),
+    [
+        (partial(networks.dit, networks._TOY, (48, 3, 4, 6), torch.float32), {"official recipe", "diffusers"}),
+        (partial(networks.dit, networks._TOY, (48, 3, 4, 6), torch.bfloat16), {"official recipe", "diffusers"}),
+        (partial(networks.vae, networks._VAE22_TOY, (48, 3, 2, 3), False), {"diffusers"}),
+        (partial(networks.vae, networks._VAE22_TOY, (48, 3, 2, 3), True), {"diffusers"}),
+        (partial(networks.text, manifest.text_shapes(99, 32, 32, 48, 4, 2), 5, torch.float32), {"padded to 512"}),
+        (partial(networks.end_to_end, (64, 64), 5, 2), {"diffusers"}),
+    ],
+)
+def test_ours_and_the_rivals_do_the_same_work(make, rivals):
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        arms, skipped = registry._build(make(CPU))
+    assert {name.partition(",")[0] for name in arms} == {OURS, *rivals}
+    assert all("GPU" in why for why in skipped.values())

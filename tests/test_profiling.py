@@ -111,6 +111,7 @@ def test_kernels_idle_time_and_waits_of_a_gpu():
     events = [
         Event("denoise", 0, 1000, CPU),
         Event("denoise", 10, 900, is_user_annotation=True),
+        Event("a mark of somebody's", 10, 900, is_user_annotation=True),
         Event("aten::addmm", 0, 5, CPU, 5),
         Event("nvjet_a", 100, 300),
         Event("nvjet_b", 200, 400),  # on another stream: 300 us are covered, not 400
