@@ -201,7 +201,8 @@ def supervise(
         if why == "time":
             break
         if current is not None:
-            note = f"FAILED: {why}: {' '.join(said[-600:].split())}"
+            crashed = why.startswith("the process ended")
+            note = f"FAILED: {why}" + (f": {' '.join(said[-600:].split())}" if crashed else "")
             Results(path, {}).put("notes", current, note)
             say(f"{current}: {note[:200]}")
             left.remove(current)

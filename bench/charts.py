@@ -11,7 +11,7 @@ from typing import Any
 from bench.registry import OURS
 
 TITLES = {
-    "latency": "seconds by stage of a whole run",
+    "latency": "seconds by stage of a whole run, in its last round",
     "roofline": "operations per second against operations per byte, under the measured roofs",
     "ablation": "what each habit of the official step costs",
 }
@@ -41,9 +41,11 @@ def _numbers(name: str, results: Mapping[str, Any]) -> list[tuple[Mapping[str, A
     points = {
         row["case"]: [row["flops"] / row["bytes"], row["flops"] / row["arms"][OURS]["seconds"]]
         for row in rows
-        if row["flops"] and row["bytes"]
+        if row["flops"] and row["bytes"] and not row["case"].startswith("recipe/")
     }
-    return [({}, {"roofs": results["roofs"], "points": points})] if points and "copy" in results["roofs"] else []
+    used = {"copy", *(row["rate"] for row in rows if row["case"] in points)}
+    lines = {name: rate for name, rate in results["roofs"].items() if name in used}
+    return [({}, {"roofs": lines, "points": points})] if points and "copy" in lines else []
 
 
 def digest(numbers: Any) -> str:
@@ -116,10 +118,10 @@ def _ablation(axis: Any, arms: Mapping[str, float]) -> None:
 def _roofline(axis: Any, numbers: Mapping[str, Any]) -> None:
     roofs, points = numbers["roofs"], numbers["points"]
     intensities = [x for x, _ in points.values()]
-    span = [min(intensities) / 3, 3 * max(intensities)]
-    for kind in [kind for kind in roofs if kind != "copy"]:
-        ridge = roofs[kind] / roofs["copy"]
-        xs = sorted({span[0], min(max(ridge, span[0]), span[1]), span[1]})
+    ridges = {kind: rate / roofs["copy"] for kind, rate in roofs.items() if kind != "copy"}
+    span = [min(*intensities, *ridges.values()) / 4, 3 * max(*intensities, *ridges.values())]
+    for kind, ridge in ridges.items():
+        xs = [span[0], ridge, span[1]]
         axis.plot(xs, [min(x * roofs["copy"], roofs[kind]) for x in xs], color=_GREY, linewidth=1)
         axis.text(span[1], roofs[kind], f" {kind}", fontsize=8, va="center", color=_GREY)
     groups = sorted({case.partition("/")[0] for case in points})
@@ -130,7 +132,7 @@ def _roofline(axis: Any, numbers: Mapping[str, Any]) -> None:
     axis.set_yscale("log")
     axis.set_xlabel("operations per byte that must move", fontsize=8)
     axis.set_ylabel("operations / s", fontsize=8)
-    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
 
 
 _DRAW = {"latency": _latency, "ablation": _ablation, "roofline": _roofline}

@@ -403,7 +403,8 @@ CPU_CASES = (
     Case("run/tiny/128x128x33-4-steps/fp32", "cpu", partial(end_to_end, (128, 128), 33, 4), 12.0, True),
     Case("dit/toy-width/48x9x8x8/fp32", "cpu", partial(dit, _TOY, (48, 9, 8, 8), FP32), 4.0, True),
     Case("dit/1.3B-width-2-blocks/16x3x30x52/fp32", "cpu", partial(dit, _NARROW, (16, 3, 30, 52), FP32), 20.0, True),
-    Case("dit/1.3B-width-2-blocks/16x3x30x52/bf16", "cpu", partial(dit, _NARROW, (16, 3, 30, 52), BF16), 20.0),
+    # small: where a CPU has no bf16 instructions it emulates them
+    Case("dit/1.3B-width-2-blocks/16x1x30x26/bf16", "cpu", partial(dit, _NARROW, (16, 1, 30, 26), BF16), 10.0),
     Case("recipe/toy-width/48x9x8x8/fp32", "cpu", partial(recipe, _TOY, (48, 9, 8, 8), FP32), 6.0),
     Case("vae/2.1-decode/16x2x16x24/fp32", "cpu", _vae("2.1", (16, 2, 16, 24)), 12.0, True),
     Case("vae/2.1-encode/16x2x16x24/fp32", "cpu", _vae("2.1", (16, 2, 16, 24), True), 12.0),

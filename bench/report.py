@@ -89,7 +89,7 @@ def readme_block(found: list[Machine], cases: Iterable[Case] = CASES) -> str:
         for case in cases:
             if case.headline and case.device == kind:
                 lines += [_headline(case, data) for data in ours] or [_headline(case, None)]
-    lines += ["", _legend(found)]
+    lines += ["", _legend(found), ""]
     lines += [f"![{title}](bench/results/charts/{name}.png)" for name, title in drawn.TITLES.items() if drawn.data(name, found)]
     return "\n".join([BEGIN, *lines, END])
 
@@ -114,6 +114,7 @@ def _legend(found: list[Machine]) -> str:
     said = [
         "Times are medians of rounds in which all arms run in turn, A B B A; in brackets the lowest and highest round.",
         "The roof is the machine's own, from the same run: its copy, or its matrix product in the precision of the work.",
+        "It can be passed where an algorithm needs fewer operations than the plain one: a Winograd convolution does.",
         "All arms, and what the machines are: [bench/results](bench/results/README.md).",
     ]
     return "\n".join(said)

@@ -49,7 +49,7 @@ class Results:
         self.data[section][name] = value
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(self.data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        scratch.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
         os.replace(scratch, self.path)
 
 
