@@ -10,16 +10,22 @@ child goes on behind it. The visit may be cut off at any second.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,20 +52,28 @@ def steps(device: torch.device, patterns: Sequence[str] = ()) -> dict[str, Calla
     from bench.registry import select
     from bench.tune import tunable
 
-    cases = [case for case in select(CASES, patterns) if case.device == device.type]
+    cases_on = select(CASES, patterns)
+    cases = [case for case in cases_on if case.device == device.type]
     if patterns and not cases:
-        raise ValueError(f"the cases {' '.join(patterns)} run on another device than {device.type}")
+        raise ValueError(f"the cases {' '.join(patterns)} do not run on {device.type}; take --device {cases_on[0].device}")
     todo: dict[str, Callable[[Results], None]] = {"roofs": partial(find_roofs, device)}
     if device.type == "cuda" and not patterns:
         todo["accuracy"] = partial(check_kernels, device)
-    todo |= {case.name: partial(run_case, case, device) for case in cases if case.group == "kernel"}
+    late = ("denoise", "text", "recipe", "run", "dit-compiled")
+    todo |= {case.name: partial(run_case, case, device) for case in cases if case.group not in late}
     if device.type == "cuda" and not patterns:
         tiles = [case for case in REAL_CASES if case.op in tunable()]
         todo |= {f"tiles/{case.op}/{case.id}": partial(find_tiles, case, device) for case in tiles}
-    todo |= {case.name: partial(run_case, case, device) for case in cases if case.group != "kernel"}
+    todo |= {case.name: partial(run_case, case, device) for case in cases if case.group in late}
     if device.type == "cuda" and not patterns:
         todo["sanitizer"] = sanitize
     return todo
+
+
+def still_to_do(names: Sequence[str], data: Mapping[str, Any]) -> list[str]:
+    """The steps whose findings the file does not have; the kernels' accuracy is always checked again."""
+    found = {"roofs"} if data["roofs"] else set()
+    return [name for name in names if name not in found | set(data["rows"])]
 
 
 # --- the steps ----------------------------------------------------------------------------------------------------------
@@ -79,24 +93,33 @@ def run_case(case: Any, device: torch.device, results: Results) -> None:
 
 
 def check_kernels(device: torch.device, results: Results | None, *, real: bool = True) -> int:
-    """The accuracy rule for every kernel, on the device, small shapes and real ones; returns how many break it."""
+    """The accuracy rule for every kernel, on the device, small shapes and real ones; returns how many break it.
+
+    An operator that runs in CUDA C++ here is checked in Triton too.
+    """
     import torch
     from kernel_cases import CASES, REAL_CASES, arguments, in_fp64
     from numerics import assert_as_accurate
 
+    from bench.tune import without_extension
     from wan_fast.kernels import KERNELS, backend
 
     wrong = 0
-    for case in (*CASES, *(REAL_CASES if real else ())):
-        for dtype in (torch.float32, torch.bfloat16):
-            args, kernel = arguments(case, dtype, device), KERNELS[case.op]
-            finding = f"kept by {backend(device, case.op)}"
+    for case, dtype in product((*CASES, *(REAL_CASES if real else ())), (torch.float32, torch.bfloat16)):
+        args, kernel = arguments(case, dtype, device), KERNELS[case.op]
+        exact, expected = kernel.reference(*in_fp64(args)), kernel.reference(*args)
+        ways = {backend(device, case.op): nullcontext()}
+        if "cuda" in ways:
+            ways["triton"] = without_extension(case.op)
+        for way, chosen in ways.items():
+            finding = "kept"
             try:
-                assert_as_accurate(kernel.launch(*args), kernel.reference(*in_fp64(args)), kernel.reference(*args))
-            except AssertionError as error:
-                finding, wrong = f"BROKEN by {backend(device, case.op)}: {error}", wrong + 1
+                with chosen:
+                    assert_as_accurate(kernel.launch(*args), exact, expected)
+            except Exception as error:  # one that does not compile breaks it too, and the others are still to be checked
+                finding, wrong = f"BROKEN: {type(error).__name__}: {_line(error)}", wrong + 1
             if results:
-                results.put("accuracy", f"{case.op}/{case.id}/{str(dtype).removeprefix('torch.')}", finding)
+                results.put("accuracy", f"{case.op}/{case.id}/{str(dtype).removeprefix('torch.')} in {way}", finding)
     if wrong and results:
         raise AssertionError(f"{wrong} kernel cases break the accuracy rule: see the section accuracy")
     return wrong
@@ -119,12 +142,11 @@ def sanitize(results: Results) -> None:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         raise NotHere("compute-sanitizer is not installed")
-    code = (
-        "import sys, torch; from bench.campaign import check_kernels as c; sys.exit(c(torch.device('cuda'), None, real=False))"
-    )
+    # whether they are right was the step "accuracy"; here it is what they touch
+    code = "import torch; from bench.campaign import check_kernels; check_kernels(torch.device('cuda'), None, real=False)"
     command = [tool, "--tool", "memcheck", "--error-exitcode", "99", sys.executable, "-c", code]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=STEP_LIMIT - 20)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     lines = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line] or done.stderr.splitlines()[-1:]
     if done.returncode:
         raise AssertionError(f"compute-sanitizer ended with {done.returncode}: {' '.join(lines)}")
@@ -141,22 +163,26 @@ def work(path: Path, device_name: str, names: Sequence[str]) -> int:
     from bench.registry import NotHere
     from bench.results import Results, describe_run
 
+    # what rivals print must not end up between the lines that the parent reads
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     device = torch.device(device_name)
     results = Results(path, describe_run(device))
     todo = {name: step for name, step in steps(device).items() if name in names}
     for name, step in todo.items():
-        print(f"begin {name}", flush=True)
+        print(f"begin {name}", file=channel, flush=True)
         results.data["notes"].pop(name, None)
         try:
             step(results)
             said = "done"
-        except (ImportError, NotHere, torch.OutOfMemoryError) as error:
+        except (ImportError, NotHere) as error:
             said = f"skipped: {_line(error)}"
         except Exception as error:  # a step must not take the others with it
             said = f"FAILED: {type(error).__name__}: {_line(error)}"
         if said != "done":
             results.put("notes", name, said)
-        print(f"end {name} {said}", flush=True)
+        print(f"end {name} {said}", file=channel, flush=True)
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.synchronize()  # raises if the context is lost: the next child has a new one
             torch.cuda.empty_cache()
@@ -164,14 +190,22 @@ def work(path: Path, device_name: str, names: Sequence[str]) -> int:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    from bench.results import without_paths
+
+    return without_paths(" ".join(str(error).split()))[:300]
 
 
 # --- the parent ---------------------------------------------------------------------------------------------------------
 
 
 def supervise(
-    path: Path, command: Sequence[str], names: Sequence[str], deadline: float, say: Callable[[str], None] = print
+    path: Path,
+    command: Sequence[str],
+    names: Sequence[str],
+    deadline: float,
+    *,
+    limit: float = STEP_LIMIT,
+    say: Callable[[str], None] = print,
 ) -> list[str]:
     """Have steps done by children until all are or the deadline has come.
 
@@ -180,6 +214,7 @@ def supervise(
         command: starts a child; the names of the steps to do are appended.
         names: the steps.
         deadline: on the monotonic clock.
+        limit: seconds that a step may take.
         say: where a line per step goes.
 
     Returns:
@@ -188,21 +223,32 @@ def supervise(
     Raises:
         RuntimeError: a child does not get as far as its first step.
     """
-    from bench.results import Results
+    from bench.results import Results, without_paths
 
     left = list(names)
     while left and time.monotonic() < deadline:
         before = len(left)
-        with tempfile.TemporaryFile("w+") as errors:
-            child = subprocess.Popen([*command, *left], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
-            current, why = _follow(child, left, deadline, say)
+        with tempfile.TemporaryFile("w+", errors="replace") as errors:
+            child = subprocess.Popen(
+                [*command, *left],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # so that what it started can be ended with it
+            )
+            try:
+                current, why = _follow(child, left, deadline, limit, say)
+            finally:
+                _end(child)
             errors.seek(0)
             said = errors.read()
         if why == "time":
             break
         if current is not None:
             crashed = why.startswith("the process ended")
-            note = f"FAILED: {why}" + (f": {' '.join(said[-600:].split())}" if crashed else "")
+            note = f"FAILED: {why}" + (f": {without_paths(' '.join(said[-600:].split()))}" if crashed else "")
             Results(path, {}).put("notes", current, note)
             say(f"{current}: {note[:200]}")
             left.remove(current)
@@ -212,7 +258,7 @@ def supervise(
     return left
 
 
-def _follow(child: Any, left: list[str], deadline: float, say: Callable[[str], None]) -> tuple[str | None, str]:
+def _follow(child: Any, left: list[str], deadline: float, most: float, say: Callable[[str], None]) -> tuple[str | None, str]:
     """Read what a child says, taking finished steps off `left`, until it ends.
 
     Returns:
@@ -228,13 +274,11 @@ def _follow(child: Any, left: list[str], deadline: float, say: Callable[[str], N
     threading.Thread(target=pump, daemon=True).start()
     current, began = None, time.monotonic()
     while True:
-        limit = min(deadline, began + STEP_LIMIT)
+        limit = min(deadline, began + most)
         try:
             line = lines.get(timeout=max(0.0, limit - time.monotonic()))
         except queue.Empty:
-            child.kill()
-            child.wait()
-            return current, "time" if time.monotonic() >= deadline else f"no end after {STEP_LIMIT:.0f} s"
+            return current, "time" if time.monotonic() >= deadline else f"no end after {most:.0f} s"
         if line is None:
             return current, f"the process ended with {child.wait()}"
         kind, _, rest = line.partition(" ")
@@ -246,12 +290,27 @@ def _follow(child: Any, left: list[str], deadline: float, say: Callable[[str], N
             current = None
 
 
-def build_extension(say: Callable[[str], None]) -> None:
-    """Build wan_fast._cuda in place where nvcc is and the module is not; kernels come from Triton otherwise."""
-    if (ROOT / "csrc").is_dir() and not list((ROOT / "wan_fast").glob("_cuda*.so")):
-        done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, capture_output=True, text=True)
-        built = bool(list((ROOT / "wan_fast").glob("_cuda*.so")))
-        say("extension built" if built else f"extension not built: {' '.join((done.stdout + done.stderr).split())[-200:]}")
+def _end(child: Any) -> None:
+    """Kill a child and whatever it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def build_extension(capability: tuple[int, int], say: Callable[[str], None]) -> None:
+    """Build wan_fast._cuda in place, for this GPU, where the module is not there yet; without it kernels come from Triton."""
+    module = ROOT / "wan_fast" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not (ROOT / "csrc").is_dir() or module.exists():
+        return
+    number = 10 * capability[0] + capability[1]
+    environment = os.environ | {"WAN_FAST_CUDA_ARCHITECTURES": f"{number}{'a' if number >= 90 and number % 10 == 0 else ''}"}
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=90)
+        said = " ".join((done.stdout + done.stderr).split())[-200:]
+    except subprocess.TimeoutExpired:
+        said = "it took longer than 90 s"
+    say("extension built" if module.exists() else f"extension not built: {said}")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -262,6 +321,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--list", action="store_true", help="name the steps, and stop")
+    parser.add_argument("--again", action="store_true", help="measure rows again that today's file has of this version already")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("names", nargs="*", metavar="CASE", help="cases, or patterns such as 'dit/*' (default: all)")
     parsed = parser.parse_args(argv)
@@ -292,20 +352,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = "cuda" if parsed.device != "cpu" and torch.cuda.is_available() else "cpu"
     try:
         if device == "cuda" and not parsed.list:
-            build_extension(print)
+            build_extension(torch.cuda.get_device_capability(), print)
         names = list(steps(torch.device(device), parsed.names))
         if parsed.list:
             print("\n".join(names))
             return 0
         results = open_results(parsed.out, torch.device(device))
+        names = names if parsed.again else still_to_do(names, results.data)
         results.put("notes", "begun", time.strftime("%Y-%m-%d %H:%M:%S"))
     except (ValueError, OSError) as error:
         print(f"bench.campaign: error: {error}", file=sys.stderr)
         return 2
     print(f"{len(names)} steps on {results.data['machine']['device']}, at most {parsed.minutes:g} minutes, into {results.path}")
     child = [sys.executable, "-m", "bench.campaign", "--child", str(results.path.resolve()), "--device", device]
-    left = supervise(results.path, child, names, deadline)
-    failed = [name for name, note in read(results.path)["notes"].items() if note.startswith("FAILED")]
+    try:
+        left = supervise(results.path, child, names, deadline, limit=max(STEP_LIMIT, 30 * parsed.minutes))
+    except RuntimeError as error:
+        print(f"bench.campaign: error: {error}", file=sys.stderr)
+        return 1
+    notes = read(results.path)["notes"]
+    failed = [name for name in names if notes.get(name, "").startswith("FAILED")]
     for name in failed:
         print(f"failed: {name}")
     print(f"{len(names) - len(left)} of {len(names)} steps" + (f"; not reached: {' '.join(left)}" if left else ""))

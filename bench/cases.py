@@ -12,10 +12,11 @@ CASES: tuple[Case, ...] = (
     *operations.KERNEL_CASES,
     *networks.GPU_DIT_CASES,
     *networks.GPU_VAE_CASES,
-    *networks.GPU_RUN_CASES,
     *operations.ATTENTION_CASES,
     *operations.GEMM_CASES,
     *operations.CONV_CASES,
+    *networks.GPU_14B_CASES,
+    *networks.GPU_RUN_CASES,
     *networks.GPU_COMPILED_CASES,
     *networks.CPU_CASES,
 )

@@ -70,14 +70,18 @@ def instructions(kind: str, count: int) -> int:
     Raises:
         RuntimeError: callgrind is not installed, or the process failed.
     """
-    if shutil.which("valgrind") is None:
+    valgrind = shutil.which("valgrind")
+    if valgrind is None:
         raise RuntimeError("valgrind is not installed; on Debian: apt install valgrind")
     with tempfile.TemporaryDirectory() as folder:
-        command = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={Path(folder, 'out')}", sys.executable, "-S"]
+        command = [valgrind, "--tool=callgrind", f"--callgrind-out-file={Path(folder, 'out')}", sys.executable, "-S"]
         # hashes of strings decide how dictionaries are laid out; -S: nothing installed has a say
         environment = {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/bin:/bin"}
         command += ["-c", f"from bench.host_loop import {kind}; {kind}({count})"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError("callgrind did not end within 300 s; is the machine busy?") from None
     found = re.search(r"Collected\s*:\s*(\d+)", done.stderr)
     if done.returncode or not found:
         raise RuntimeError(f"callgrind ended with {done.returncode}: {done.stderr[-1000:]}")

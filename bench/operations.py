@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.registry import OURS, Build, Case, NotHere, Work
+from bench.tune import without_extension
 from wan_fast.attention import sdpa
-from wan_fast.kernels import KERNELS
+from wan_fast.kernels import KERNELS, backend
 from wan_fast.tasks import HEAD_DIM, PATCH, TASKS
 from wan_fast.vae import causal_conv3d
 
@@ -43,22 +44,27 @@ def tokens(task: str, width: int, height: int, frames: int) -> int:
 
 
 def kernel(case: RealCase, dtype: torch.dtype, device: torch.device) -> Work:
-    """An operator as the dispatcher runs it, its reference, and its reference compiled."""
+    """An operator as the dispatcher runs it, its Triton kernel where that is another one, and its reference."""
     op = KERNELS[case.op]
     args = arguments(case, dtype, device)
     output = op.op(*args)
     moved = sum(t.nbytes for t in (*args, *(output if isinstance(output, tuple) else (output,))) if isinstance(t, Tensor))
 
-    def compiled() -> Callable[[], Any]:
-        _needs_cuda(device, "torch.compile of a reference is timed")
-        function = torch.compile(op.reference, fullgraph=True)
-        return lambda: function(*args)
+    def in_triton() -> Callable[[], Any]:
+        if device.type != "cuda" or backend(device, case.op) == "triton":
+            raise NotHere("there is no other kernel of it here")
+
+        def call() -> Any:
+            with without_extension(case.op):
+                return op.op(*args)
+
+        return call
 
     return Work(
         arms={
             OURS: lambda: lambda: op.op(*args),
+            "Triton": in_triton,
             "reference": lambda: lambda: op.reference(*args),
-            "reference, compiled": compiled,
         },
         rate="bf16",
         # rounding may differ by one level of 255
@@ -91,7 +97,7 @@ def gemm(M: int, K: int, N: int, device: torch.device) -> Work:
         x8, w8 = to_fp8(x, sx), to_fp8(weight, sw)
         if scaling:
             _needs_cuda(device, "the compiled quantisation is timed")
-        scale = torch.compile(lambda t: (s := row_scale(t), to_fp8(t, s)))
+        scale = torch.compile(lambda t: (s := row_scale(t), to_fp8(t, s)), dynamic=False)
 
         def call() -> Tensor:
             s, q = scale(x) if scaling else (sx, x8)
@@ -125,21 +131,21 @@ def gemm(M: int, K: int, N: int, device: torch.device) -> Work:
         layer = torch.nn.Linear(K, N, device=device, dtype=torch.bfloat16)
         layer.weight.data, layer.bias.data = weight.clone(), bias
         quantize_(layer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-        compiled = torch.compile(layer)
+        compiled = torch.compile(layer, dynamic=False)
         return lambda: compiled(x)
 
+    fp8: dict[str, Build] = {
+        "fp8 tensorwise": tensorwise,
+        "fp8 rowwise": partial(rowwise, True, False),
+        "fp8 rowwise, slow accumulation": partial(rowwise, False, False),
+        "fp8 rowwise with scaling": partial(rowwise, True, True),
+        "fp8 1x128 and 128x128 blocks, slow accumulation": blockwise,
+        "torchao fp8 rowwise with scaling": torchao,
+    }
     return Work(
-        arms={
-            OURS: lambda: lambda: F.linear(x, weight, bias),
-            "fp8 tensorwise": tensorwise,
-            "fp8 rowwise": partial(rowwise, True, False),
-            "fp8 rowwise, slow accumulation": partial(rowwise, False, False),
-            "fp8 rowwise with scaling": partial(rowwise, True, True),
-            "fp8 1x128 and 128x128 blocks": blockwise,
-            "int8 rowwise, unfused epilogue": int8,
-            "torchao fp8 rowwise": torchao,
-        },
+        arms={OURS: lambda: lambda: F.linear(x, weight, bias), **fp8, "int8 rowwise, unfused epilogue": int8},
         rate="bf16",
+        rates=dict.fromkeys(fp8, "fp8") | {"int8 rowwise, unfused epilogue": "int8"},
         tolerance=8e-2,
         flops=2.0 * M * K * N,
         bytes=2.0 * (M * K + K * N + M * N),
@@ -207,6 +213,7 @@ def attention(L: int, heads: int, device: torch.device) -> Work:
             "xformers": xformers,
         },
         rate="bf16",
+        rates=dict.fromkeys(("flash-attn 3 fp8, casts included", "SageAttention, quantisation included"), "fp8"),
         tolerance=1e-1,
         flops=4.0 * L * L * heads * HEAD_DIM,
         bytes=2.0 * 4 * L * heads * HEAD_DIM,
@@ -222,11 +229,16 @@ def _first(output: Any) -> Tensor:
 
 def conv3d(channels: int, frames: int, height: int, width: int, device: torch.device) -> Work:
     """A causal 3x3x3 convolution of the VAE's decoder, with two frames of history."""
-    x, past = (torch.randn(n, channels, height, width, device=device) for n in (frames, 2))
+    # laid out as the engine's are
+    x, past = (
+        torch.randn(n, channels, height, width, device=device).contiguous(memory_format=torch.channels_last)
+        for n in (frames, 2)
+    )
     weight, bias = (
         torch.randn(channels, channels, 3, 3, 3, device=device) / (27 * channels) ** 0.5,
         torch.randn(channels, device=device),
     )
+    weight = weight.contiguous(memory_format=torch.channels_last_3d)
     video = torch.cat([past, x]).transpose(0, 1)[None]
 
     def plain(dtype: torch.dtype, layout: torch.memory_format) -> Build:
@@ -246,6 +258,7 @@ def conv3d(channels: int, frames: int, height: int, width: int, device: torch.de
             "conv3d alone, NDHWC, bf16": plain(torch.bfloat16, torch.channels_last_3d),
         },
         rate="tf32" if device.type == "cuda" else "fp32",
+        rates=dict.fromkeys(("conv3d alone, NCDHW, bf16", "conv3d alone, NDHWC, bf16"), "bf16"),
         tolerance=2e-2,
         flops=2.0 * 27 * channels**2 * frames * height * width,
         bytes=4.0 * channels * height * width * (2 * frames + 2),

@@ -119,6 +119,8 @@ def main() -> int:
             peer, equals, path = argument.partition("=")
             if not equals:
                 raise ValueError(f"expected PEER=LOG, got {argument!r}; for example lightx2v=run.log")
+            if peer in rows:
+                raise ValueError(f"{peer} is given twice; put the runs into one log, or make two tables")
             rows[peer] = parse(peer, Path(path).read_text(encoding="utf-8", errors="replace"))
     except (ValueError, OSError) as error:
         print(f"bench.peers: error: {error}", file=sys.stderr)

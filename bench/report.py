@@ -62,7 +62,9 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.3g} µs"
 
 
-def amount(count: float) -> str:
+def amount(count: float | None) -> str:
+    if count is None:
+        return NOT_MEASURED
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import subprocess
+import sysconfig
 from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -48,7 +49,7 @@ class Results:
         """Add a finding, and write the file: whatever happens next, this one is kept."""
         self.data[section][name] = value
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(f".{os.getpid()}")
+        scratch = self.path.with_suffix(".partial")
         scratch.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
         os.replace(scratch, self.path)
 
@@ -74,21 +75,35 @@ def open_results(folder: Path, device: torch.device) -> Results:
     for count in range(1, 1000):
         name = f"{date.today()}{f'-{count}' if count > 1 else ''}.json"
         path = folder / slug(facts["machine"]["device"]) / name
-        if not path.exists() or all(read(path)[key] == facts[key] for key in ("sources", "versions")):
+        if not path.exists() or _identity(read(path)) == _identity(facts):
             return Results(path, facts)
     raise ValueError(f"{folder} holds a thousand files of today")
 
 
-def newest(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The newest file of every machine under `folder`: its rows are of one version, and never mixed with another's."""
+def newest(folder: Path, *, but: Path | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The newest file of every machine under `folder`, `but` left out: rows of one version, never mixed with another's."""
     for machine in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ():
-        if files := sorted(machine.glob("*.json"), key=_age):
+        if files := sorted((f for f in machine.glob("*.json") if but is None or not f.samefile(but)), key=_age):
             yield files[-1], read(files[-1])
 
 
 def _age(path: Path) -> tuple[str, int]:
-    day, _, count = path.stem[:10], path.stem[10:11], path.stem[11:]
-    return day, int(count or 1)
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:-(\d+))?", path.stem)
+    if match is None:
+        raise ValueError(f"{path} is not named by its date, as 2026-01-31.json or 2026-01-31-2.json; rename it")
+    return match[1], int(match[2] or 1)
+
+
+def _identity(data: dict[str, Any]) -> tuple[Any, ...]:
+    """What all rows of one file have in common."""
+    return data["sources"], data["versions"], data["machine"].get("driver")
+
+
+def without_paths(text: str) -> str:
+    """A message fit for a results file: nothing of where things lie on this machine."""
+    for place, name in ((str(ROOT), "."), (sysconfig.get_path("purelib"), "site-packages"), (str(Path.home()), "~")):
+        text = text.replace(place, name)
+    return re.sub(r"/(?:[\w.+-]+/){2,}", ".../", text)
 
 
 def describe_run(device: torch.device) -> dict[str, Any]:
@@ -121,10 +136,13 @@ def commit() -> str:
 def sources() -> str:
     """A digest of the code that is measured and of the code that measures."""
     digest = hashlib.sha256()
-    for folder in ("wan_fast", "kernels", "csrc", "bench"):
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cu", ".cpp", ".h") and "kernels" not in path.relative_to(ROOT).parts[1:]:
-                digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    measuring = [ROOT / "bench" / f"{name}.py" for name in ("registry", "timer", "operations", "networks", "official", "tune")]
+    measuring += [ROOT / "tests" / f"{name}.py" for name in ("kernel_cases", "meter", "numerics")]
+    # not through the link wan_fast/kernels: the folder itself is in the list
+    measured = [path for folder in ("wan_fast", "kernels", "csrc") for path in (ROOT / folder).glob("*.*")]
+    for path in sorted(measuring + measured):
+        if path.suffix in (".py", ".cu", ".cpp", ".h"):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

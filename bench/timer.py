@@ -24,10 +24,11 @@ ROUNDS = (3, 50)
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """`seconds`: one value per round. `peak_bytes`: the most that a call adds to what was allocated before it."""
+    """`seconds`: one value per round. `peak_bytes`: the most that a call adds to what was allocated before it; None for
+    a graph, whose memory was taken when it was captured."""
 
     seconds: tuple[float, ...]
-    peak_bytes: int
+    peak_bytes: int | None
     graphed: bool = False
 
     @property
@@ -42,19 +43,21 @@ def measure(arms: Mapping[str, Call], device: torch.device, *, budget: float, le
         arms: name -> what to call.
         device: where it runs.
         budget: seconds to spend on timed calls, about.
-        least: rounds to take even if they exceed the budget.
+        least: rounds to take although they exceed the budget, if not by more than twice it; else one.
     """
-    calls: dict[str, Call] = {}
-    peaks, graphed, estimate = {}, {}, {}
+    peaks, estimate = {}, {}
     for name, call in arms.items():
-        call()
-        peaks[name] = _peak_bytes(call, device)
+        # the first call, which may compile, is not timed
+        peaks[name] = None if is_graph(call) else _peak_bytes(call, device)
         estimate[name] = _sample(call, device, None)()
-        short = device.type == "cuda" and estimate[name] < SHORT
-        calls[name] = _graph(call) if short else call
-        graphed[name] = calls[name] is not call
+    calls = dict(arms)
+    if device.type == "cuda" and min(estimate.values()) < SHORT:
+        # all or none: one arm's launches must not be held against another's replay
+        calls = {name: call if is_graph(call) else _graph(call) for name, call in arms.items()}
+        estimate = {name: _sample(call, device, None)() for name, call in calls.items()}
     flush = _cache_flush(device)
-    rounds = min(max(int(budget / (2 * sum(estimate.values()))), least), ROUNDS[1])
+    a_round = 2 * sum(estimate.values())
+    rounds = min(max(int(budget / a_round), least if least * a_round <= 2 * budget else 1), ROUNDS[1])
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(rounds):
         # on a GPU all calls of a round are queued before the first is waited for
@@ -64,7 +67,7 @@ def measure(arms: Mapping[str, Call], device: torch.device, *, budget: float, le
             taken[name].append(wait())
         for name, pair in taken.items():
             seconds[name].append(sum(pair) / 2)
-    return {name: Timing(tuple(seconds[name]), peaks[name], graphed[name]) for name in arms}
+    return {name: Timing(tuple(seconds[name]), peaks[name], is_graph(calls[name])) for name in arms}
 
 
 def once(call: Call, device: torch.device) -> Timing:
@@ -95,11 +98,22 @@ def graph(call: Call) -> Call:
     with torch.cuda.graph(captured):
         output = call()
 
-    def replay() -> object:
-        captured.replay()
-        return output
+    return _Replay(captured, output)
 
-    return replay
+
+class _Replay:
+    """Replays a captured call, and gives the tensors it writes to."""
+
+    def __init__(self, captured: torch.cuda.CUDAGraph, output: object) -> None:
+        self.captured, self.output = captured, output
+
+    def __call__(self) -> object:
+        self.captured.replay()
+        return self.output
+
+
+def is_graph(call: Call) -> bool:
+    return isinstance(call, _Replay)
 
 
 def _graph(call: Call) -> Call:

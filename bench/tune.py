@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from kernel_cases import REAL_CASES, RealCase, arguments
+from kernel_cases import REAL_CASES, RealCase, arguments, in_fp64
 from numerics import assert_as_accurate
 
 from bench.timer import measure
@@ -34,10 +34,13 @@ def sweep(case: RealCase, dtype: torch.dtype, device: torch.device, *, budget: f
 
     Returns:
         "current", "best": tiles and seconds. "seconds": of every candidate. "refused": why a candidate cannot be used.
+
+    Raises:
+        AssertionError: the tiles in use are refused themselves.
     """
     kernel, module = KERNELS[case.op], _module(case.op)
     args = arguments(case, dtype, device)
-    expected = kernel.reference(*args)
+    expected, exact = kernel.reference(*args), kernel.reference(*in_fp64(args))
     seen: list[Tiles] = []
     with _recorded(module, seen):
         kernel.launch(*args)
@@ -46,10 +49,12 @@ def sweep(case: RealCase, dtype: torch.dtype, device: torch.device, *, budget: f
     for tiles in (current, *(tiles for tiles in module._CANDIDATES if tiles != current)):
         call = _with_tiles(module, kernel.launch, tiles, args)
         try:
-            assert_as_accurate(call(), expected.double() if expected.is_floating_point() else expected, expected)
+            assert_as_accurate(call(), exact, expected)
             calls[_name(tiles)] = call
         except Exception as error:  # too much shared memory, or a compiler's refusal: Triton has no common type for them
             refused[_name(tiles)] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if _name(current) in refused:
+        raise AssertionError(f"the tiles in use, {_name(current)}, are refused: {refused[_name(current)]}")
     seconds = {name: timing.median for name, timing in measure(calls, device, budget=budget).items()}
     best = min(seconds, key=lambda name: seconds[name])
     return {
@@ -62,7 +67,7 @@ def sweep(case: RealCase, dtype: torch.dtype, device: torch.device, *, budget: f
 
 def _with_tiles(module: Any, launch: Any, tiles: Tiles, args: tuple[Any, ...]) -> Any:
     def call() -> Any:
-        with _replaced(module, _config=lambda *_: tiles, cuda_extension=lambda _: None):
+        with replaced(module, _config=lambda *_: tiles, cuda_extension=lambda _: None):
             return launch(*args)
 
     return call
@@ -77,12 +82,19 @@ def _recorded(module: Any, seen: list[Tiles]) -> Iterator[None]:
         seen.append(config(*args))
         return seen[-1]
 
-    with _replaced(module, _config=note, cuda_extension=lambda _: None):
+    with replaced(module, _config=note, cuda_extension=lambda _: None):
         yield
 
 
 @contextmanager
-def _replaced(module: Any, **names: Any) -> Iterator[None]:
+def without_extension(op: str) -> Iterator[None]:
+    """The operator's Triton kernel, also where its CUDA C++ one could run."""
+    with replaced(_module(op), cuda_extension=lambda _: None):
+        yield
+
+
+@contextmanager
+def replaced(module: Any, **names: Any) -> Iterator[None]:
     """Other values for names of a module, as far as it has them."""
     before = {name: getattr(module, name) for name in names if hasattr(module, name)}
     try:

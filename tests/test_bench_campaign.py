@@ -50,7 +50,7 @@ def test_a_case_from_the_command_line(tmp_path):
     ("arguments", "said"),
     [
         (["--list", "dit/toi-width/48x9x8x8/fp32"], "did you mean dit/toy-width/48x9x8x8/fp32"),
-        (["--device", "cpu", "--list", "dit/ti2v-5B/*"], "run on another device than cpu"),
+        (["--device", "cpu", "--list", "dit/ti2v-5B/*"], "do not run on cpu; take --device cuda"),
         (["--minutes", "0"], "--minutes must be above 0"),
         (["--minutes", "x"], "invalid float value"),
     ],
@@ -109,6 +109,7 @@ for name in sys.argv[1:]:
     print("begin", name, flush=True)
     if name == "crash": print("illegal memory access", file=sys.stderr, flush=True); os.abort()
     if name == "hang": time.sleep(600)
+    if name == "bytes": os.write(2, bytes([255, 254])); os.write(1, bytes([255, 10]))
     if name == "lost": print("end lost done", flush=True); os._exit(1)
     print("end", name, "FAILED: wrong" if name == "wrong" else "done", flush=True)
 """
@@ -121,21 +122,22 @@ def path(tmp_path):
     return file.path
 
 
-def supervise(path, names, seconds=60.0, child=CHILD):
+def supervise(path, names, seconds=60.0, limit=30.0, child=CHILD):
     said = []
-    left = campaign.supervise(path, [sys.executable, "-c", child], names, time.monotonic() + seconds, said.append)
+    command = [sys.executable, "-c", child]
+    left = campaign.supervise(path, command, names, time.monotonic() + seconds, limit=limit, say=said.append)
     return left, said, read(path)["notes"]
 
 
 def test_a_crash_costs_one_step(path):
-    left, said, notes = supervise(path, ["a", "crash", "b", "lost", "wrong", "c"])
+    left, said, notes = supervise(path, ["a", "crash", "b", "lost", "wrong", "c", "bytes"])
+    assert said.pop().startswith("bytes")
     assert left == [] and [line.partition(":")[0] for line in said] == ["a", "crash", "b", "lost", "wrong", "c"]
     assert list(notes) == ["crash"] and "the process ended with -6: illegal memory access" in notes["crash"]
 
 
-def test_a_step_that_hangs_costs_its_limit(path, monkeypatch):
-    monkeypatch.setattr(campaign, "STEP_LIMIT", 1.0)
-    left, _, notes = supervise(path, ["a", "hang", "b"])
+def test_a_step_that_hangs_costs_its_limit(path):
+    left, _, notes = supervise(path, ["a", "hang", "b"], limit=1.0)
     assert left == [] and "no end after 1 s" in notes["hang"]
 
 
@@ -175,6 +177,25 @@ def test_another_version_gets_another_file(tmp_path, monkeypatch):
     os.link(second.path, second.path.with_name(first.path.stem + "-10.json"))
     (found, data) = next(results.newest(tmp_path))
     assert found.name.endswith("-10.json") and set(data["rows"]) == {"y"}
+    other, _ = next(results.newest(tmp_path, but=first.path))
+    assert other == found
+    assert next(results.newest(tmp_path, but=found))[0] == first.path
+    (first.path.parent / "notes.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"notes\.json is not named by its date"):
+        next(results.newest(tmp_path))
+
+
+def test_what_is_there_is_not_measured_again():
+    names = ["roofs", "accuracy", "kernel/a", "dit/b"]
+    assert campaign.still_to_do(names, {"roofs": {}, "rows": {}}) == names
+    assert campaign.still_to_do(names, {"roofs": {"copy": 1.0}, "rows": {"dit/b": {}}}) == ["accuracy", "kernel/a"]
+
+
+def test_results_name_no_place_on_the_machine():
+    text = f"File {ROOT}/bench/x.py, {sys.prefix}/lib/python3.12/site-packages/torch/y.py, {Path.home()}/z and 3/4 of bf16/fp32"
+    cleaned = results.without_paths(text)
+    assert str(ROOT) not in cleaned and str(Path.home()) not in cleaned and sys.prefix not in cleaned
+    assert "bench/x.py" in cleaned and cleaned.endswith("3/4 of bf16/fp32")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"format": 0}', "\x00"])
@@ -191,12 +212,16 @@ def test_order_of_a_visit_to_a_gpu():
     names = list(campaign.steps(torch.device("cuda")))
     place = {name: i for i, name in enumerate(names)}
     assert names[:2] == ["roofs", "accuracy"] and names[-1] == "sanitizer"
-    order = ["kernel/frames_to_uint8/480p-81/bf16", "tiles/frames_to_uint8/480p-81", "dit/ti2v-5B/1280x704x121/bf16"]
-    order += ["vae/2.2-decode/1280x704x17/fp32", "denoise/ti2v-5B/1280x704x121-50-steps/bf16"]
-    order += [
+    order = [
+        "kernel/frames_to_uint8/480p-81/bf16",
+        "dit/ti2v-5B/1280x704x121/bf16",
+        "vae/2.2-decode/1280x704x17/fp32",
         "attention/t2v-14B/L75600-N40-K128/bf16",
         "gemm/t2v-14B-qkvo/32760x5120x5120/bf16",
         "conv3d/vae2.1/96x4x480x832/fp32",
+        "dit/t2v-14B/832x480x81/bf16",
+        "tiles/frames_to_uint8/480p-81",
+        "denoise/ti2v-5B/1280x704x121-50-steps/bf16",
     ]
     assert [place[name] for name in order] == sorted(place[name] for name in order)
     assert list(campaign.steps(torch.device("cuda"), ["vae/2.2-*"])) == [
@@ -218,11 +243,12 @@ def test_a_kernel_that_breaks_the_accuracy_rule_is_a_failure(factor, path, monke
     file = Results(path, {})
     if factor == 2.0:
         assert campaign.check_kernels(torch.device("cpu"), file) == 0
-        assert file.data["accuracy"] == dict.fromkeys(("doubling/x/float32", "doubling/x/bfloat16"), "kept by reference")
+        names = ("doubling/x/float32 in reference", "doubling/x/bfloat16 in reference")
+        assert file.data["accuracy"] == dict.fromkeys(names, "kept")
     else:
         with pytest.raises(AssertionError, match="2 kernel cases break the accuracy rule"):
             campaign.check_kernels(torch.device("cpu"), file)
-        assert file.data["accuracy"]["doubling/x/float32"].startswith("BROKEN by reference: error")
+        assert file.data["accuracy"]["doubling/x/float32 in reference"].startswith("BROKEN: AssertionError: error")
 
 
 @pytest.mark.parametrize("code", [0, 99])

@@ -33,6 +33,29 @@ def test_only_a_clear_fall_of_the_ratio_is_a_regression(then, now, caught):
     assert bool(found) is caught and all("vae/x/y/fp32 against diffusers" in line for line in found)
 
 
+def test_what_is_no_longer_measured_is_said():
+    new = run(1, 2, rows={}, notes={NAME: "FAILED: RuntimeError: out of memory"})
+    assert list(gate.regressions(new, run(1, 2))) == [
+        f"{NAME}: wan-fast, diffusers measured then and not now: FAILED: RuntimeError: out of memory"
+    ]
+
+
+def test_the_run_is_held_against_another_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gate, "RESULTS", tmp_path)
+    monkeypatch.setattr(host_loop, "per_step", lambda: {"plan": 0.1, "sampler": 0.05})
+    (tmp_path / "epyc").mkdir()
+    old, new = (tmp_path / "epyc" / f"2026-01-0{day}.json" for day in (1, 2))
+    new.write_text(json.dumps(run(1.5, 1.7)))
+    monkeypatch.setattr(sys, "argv", ["gate", str(new)])
+    assert gate.main() == 2 and "has nothing of AMD EPYC, 2 threads to compare with" in capsys.readouterr().err
+    old.write_text(json.dumps(run(1.8, 2.0)))
+    assert gate.main() == 1 and "1.50 to 1.70 now, 1.80 to 2.00 then" in capsys.readouterr().out
+    old.write_text(json.dumps(run(1.5, 1.7)))
+    assert gate.main() == 0
+    monkeypatch.setattr(host_loop, "per_step", lambda: {"plan": 0.2, "sampler": 0.05})
+    assert gate.main() == 1 and "host loop, plan: 0.200 yardsticks" in capsys.readouterr().out
+
+
 def test_runs_that_cannot_be_compared():
     with pytest.raises(ValueError, match="not of one machine"):
         list(gate.regressions(run(1, 2), run(1, 2, machine={"device": "another"})))

@@ -37,6 +37,7 @@ def quick_roofs(monkeypatch):
         ("aten::mkldnn_convolution", "convolution"),
         ("_frames_to_uint8_kernel", "wan_fast kernel"),
         ("wan_fast::frames_to_uint8", "wan_fast kernel"),
+        ("void (anonymous namespace)::frames_to_uint8_kernel<float>(float const*)", "wan_fast kernel"),
         ("Memcpy DtoH (Device -> Pinned)", "copy and layout"),
         ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", "copy and layout"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "elementwise"),
@@ -116,18 +117,23 @@ def test_kernels_idle_time_and_waits_of_a_gpu():
         Event("nvjet_a", 100, 300),
         Event("nvjet_b", 200, 400),  # on another stream: 300 us are covered, not 400
         Event("void at::native::vectorized_elementwise_kernel<4>", 600, 700),
+        Event("aten::_local_scalar_dense", 640, 810, CPU),
         Event("cudaStreamSynchronize", 650, 800, CPU),
+        Event("cudaDeviceSynchronize", 950, 990, CPU),  # the stage's own end
         Event("cudaDeviceSynchronize", 1200, 1300, CPU),
         Event("decode", 1000, 2000, CPU),
     ]
     work = {("denoise", "matrix product"): Work(flops=1e8, bytes=10), ("denoise", "elementwise"): Work(bytes=1e5)}
     denoise, decode = profiling._stages(events, work, {"": 1e12, "copy": 1e9}, on_gpu=True)
     assert denoise.seconds == pytest.approx(1e-3) and denoise.idle == pytest.approx(0.6e-3)
-    assert denoise.syncs == 1 and decode.syncs == 1 and decode.idle == pytest.approx(1e-3)
+    assert denoise.syncs == 1 and decode.syncs == 0 and decode.idle == pytest.approx(1e-3)
     product, elementwise = denoise.rows
     assert (product.kind, product.calls) == ("matrix product", 2) and product.seconds == pytest.approx(400e-6)
     assert product.of_roof == pytest.approx(100 / 400) and elementwise.of_roof == pytest.approx(1.0)
     assert denoise.of_roof == pytest.approx((100e-6 + 100e-6) / 1e-3)
+    # roofs that could not be measured
+    unknown, _ = profiling._stages(events, work, {"": float("inf"), "copy": float("inf")}, on_gpu=True)
+    assert unknown.of_roof is None and [row.of_roof for row in unknown.rows] == [None, None]
 
 
 # --- the command ---------------------------------------------------------------------------------------------------------

@@ -126,10 +126,9 @@ def _run(words: Sequence[str]) -> int:
         if output.stats:
             with video.whole(Path(output.stats)) as scratch:
                 scratch.write_text(json.dumps(result.stats, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
-        if profile:
-            profile.write_trace(trace := target.with_suffix(".trace.json"))
         video.write(result.frames, target, result.fps)
     if profile:
+        profile.write_trace(trace := target.with_suffix(".trace.json"))
         print("\n".join([*profile.table(), f"trace       {trace}; open it in ui.perfetto.dev"]))
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in result.stats["seconds"].items())
     print(f"done        {seconds}; peak {_gib(result.stats['peak_bytes'])}")

@@ -219,7 +219,10 @@ class Output:
     )  # fmt: skip
     stats: str | None = option(None, "also write seconds, peak memory and the plan as JSON", "--stats", unit="JSON")
     profile: bool = option(
-        False, "also print where the time goes, and write a Chrome trace beside the video, NAME.trace.json", "--profile"
+        False,
+        "also print where the time goes, and write a Chrome trace beside the video, NAME.trace.json; it records every "
+        "operator: take few --sample_steps",
+        "--profile",
     )
     quiet: bool = option(False, "no progress bars", "--quiet")
 

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import inf, prod
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from wan_fast import roofs
 from wan_fast.dit import WanDiT, grid_of
 from wan_fast.engine import Engine
-from wan_fast.kernels import frames_to_uint8
+from wan_fast.kernels import KERNELS, frames_to_uint8
 from wan_fast.manifest import VaeDims
 from wan_fast.planning import Plan
 from wan_fast.vae import WanVAE
@@ -38,7 +38,7 @@ R = TypeVar("R")
 STAGES = ("prepare", "denoise", "decode")
 # the first pattern that a kernel's or an operator's name matches
 _CLASSES = (
-    ("wan_fast kernel", r"wan_fast|^_\w+_kernel$"),
+    ("wan_fast kernel", "|".join(["wan_fast", *KERNELS])),
     ("attention", r"scaled_dot_product|flash|fmha|sdpa|attention"),
     ("convolution", r"conv|fprop|dgrad|implicit"),
     ("matrix product", r"gemm|mm\b|mm_|nvjet|cutlass|cublas|linear|matmul|splitK"),
@@ -46,7 +46,11 @@ _CLASSES = (
     ("norm", r"norm"),
     ("elementwise", r"elementwise|mul|add|sub|div|gelu|silu|sigmoid|clamp|exp|pow|sqrt|sin|cos|where|reduce|softmax|mean|sum"),
 )
-_SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
+# calls in which the host waits for a GPU; on a CPU, where nothing is waited for, those that would be such
+_SYNCS = {
+    True: ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+    False: ("aten::_local_scalar_dense",),
+}
 
 
 def kind_of(name: str) -> str:
@@ -107,12 +111,14 @@ class Profile(Generic[R]):
     def _rates(self, engine: Engine) -> Mapping[str, float]:
         """Operations per second by class, and bytes per second as "copy"."""
         if engine.device.type == "cuda":
-            products = self.roofs["bf16" if engine.dtype == torch.bfloat16 else "fp32"]
-            convolutions = self.roofs["tf32" if engine.dtype == torch.bfloat16 else "fp32"]
+            used = (
+                {"": "bf16", "convolution": "tf32"} if engine.dtype == torch.bfloat16 else {"": "fp32", "convolution": "fp32"}
+            )
         else:
             # a CPU's bf16 is for memory's sake: few have faster products in it
-            products = convolutions = self.roofs["fp32"]
-        return {"": products, "convolution": convolutions, "copy": self.roofs["copy"]}
+            used = {"": "fp32", "convolution": "fp32"}
+        # without a rate nothing is held against it
+        return {kind: self.roofs.get(roof, inf) for kind, roof in {**used, "copy": "copy"}.items()}
 
     def table(self) -> Iterator[str]:
         """The findings as lines of text."""
@@ -161,8 +167,9 @@ def _stages(
             for kind, spent in sorted(seconds.items(), key=lambda item: -item[1])
         ]
         least = [_least(done, kind, rates) for (stage, kind), done in work.items() if stage == name]
-        syncs = sum(e.name in _SYNCS for e in inside)
-        yield Stage(name, wall, max(0.0, wall - busy), syncs, sum(least) / wall if least else None, tuple(rows))
+        # a stage on a GPU ends with a wait of its own
+        syncs = max(0, sum(e.name in _SYNCS[on_gpu] for e in inside) - on_gpu)
+        yield Stage(name, wall, max(0.0, wall - busy), syncs, sum(least) / wall if any(least) else None, tuple(rows))
 
 
 def _busy(events: Iterable[Any], on_gpu: bool) -> Iterator[tuple[Any, float]]:
@@ -188,7 +195,7 @@ def _least(work: Work, kind: str, rates: Mapping[str, float]) -> float:
 
 
 def _of_roof(work: Work | None, kind: str, rates: Mapping[str, float], spent: float) -> float | None:
-    return _least(work, kind, rates) / spent if work and spent else None
+    return (_least(work, kind, rates) / spent or None) if work and spent else None
 
 
 # --- the work, on meta --------------------------------------------------------------------------------------------------
@@ -229,7 +236,7 @@ class _CountAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not nn.functional.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        q, k, v = (*args[:3], *((kwargs or {}).get(name) for name in ("query", "key", "value")[len(args) :]))
+        q, k, v = args[:3] if len(args) >= 3 else [kwargs[name] for name in ("query", "key", "value")]
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         self.count.add("attention", 4 * prod(q.shape) * k.shape[-2], (q, k, v, out))
         return out

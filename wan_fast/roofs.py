@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -17,17 +18,19 @@ PRODUCTS = ("fp32", "tf32", "bf16", "fp8", "int8")
 
 def measured(device: torch.device, products: Iterable[str] = PRODUCTS) -> Iterator[tuple[str, float]]:
     """("copy", bytes per second), then (product, operations per second) for those that the device has."""
-    yield "copy", copy_rate(device)
+    with suppress(torch.OutOfMemoryError):
+        yield "copy", copy_rate(device)
     for kind in products:
-        try:
+        # a device without such a product, or without room for one
+        with suppress(RuntimeError, NotImplementedError):
             yield kind, product_rate(device, kind)
-        except (RuntimeError, NotImplementedError):
-            continue
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def copy_rate(device: torch.device) -> float:
     """Bytes per second, those read and those written, of a copy that no cache holds."""
-    count = 2**31 if device.type == "cuda" else 2**28
+    count = min(2**31, _free(device) // 8) if device.type == "cuda" else 2**28
     source, target = (torch.empty(count, dtype=torch.uint8, device=device).fill_(i) for i in range(2))
     return 2 * count / _fastest(lambda: target.copy_(source), device)
 
@@ -38,7 +41,7 @@ def product_rate(device: torch.device, kind: str) -> float:
     Raises:
         RuntimeError: the device has no such product.
     """
-    size = 8192 if device.type == "cuda" else 2048
+    size = 2048 if device.type != "cuda" else 8192 if _free(device) > 2**31 else 4096
     multiply = _PRODUCTS[kind](size, device)
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
@@ -46,6 +49,10 @@ def product_rate(device: torch.device, kind: str) -> float:
         return 2 * size**3 / _fastest(multiply, device)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _free(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _product(dtype: torch.dtype) -> Callable[[int, torch.device], Callable[[], Tensor]]:
