@@ -3,8 +3,8 @@
     python -m bench.gate NEW.json [--against OLD.json]
 
 Times of two runs are never compared, only ratios to a rival within each run, on one machine and with the same versions of
-everything but this engine: a case has regressed where its best round now is more than a twentieth below its worst round
-then. The host's own work per step is compared in instructions.
+everything but this engine: a case of at least three rounds has regressed where its best round now is more than a twentieth
+below its worst round then. The host's own work per step is compared in instructions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def regressions(new: Mapping[str, Any], old: Mapping[str, Any]) -> Iterator[str]
     for case, row in new["rows"].items():
         for name, arm in row["arms"].items():
             before = old["rows"].get(case, {"arms": {}})["arms"].get(name, {})
-            if "ratio" in arm and "ratio" in before and arm["ratio"]["high"] * MARGIN < before["ratio"]["low"]:
+            if "ratio" not in arm or "ratio" not in before or min(arm["rounds"], before["rounds"]) < 3:
+                continue
+            if arm["ratio"]["high"] * MARGIN < before["ratio"]["low"]:
                 now, then = arm["ratio"], before["ratio"]
                 yield f"{case} against {name}: {_span(now)} now, {_span(then)} then"
     for case, row in old["rows"].items():

@@ -422,7 +422,7 @@ GPU_COMPILED_CASES = (
     Case("dit-compiled/ti2v-5B/1280x704x121/bf16", "cuda", partial(_dit("ti2v-5B", 1280, 704, 121), compiled=True), 10.0),
 )
 CPU_CASES = (
-    Case("run/tiny/128x128x33-4-steps/fp32", "cpu", partial(end_to_end, (128, 128), 33, 4), 12.0, True),
+    Case("run/tiny/128x128x33-4-steps/fp32", "cpu", partial(end_to_end, (128, 128), 33, 4), 16.0, True),
     Case("dit/toy-width/48x9x8x8/fp32", "cpu", partial(dit, _TOY, (48, 9, 8, 8), FP32), 4.0, True),
     Case(
         "dit/1.3B-width-2-blocks/16x3x30x52/fp32",
@@ -432,13 +432,13 @@ CPU_CASES = (
         True,
     ),
     # small: where a CPU has no bf16 instructions it emulates them
-    Case("dit/1.3B-width-2-blocks/16x1x30x26/bf16", "cpu", partial(dit, _NARROW, (16, 1, 30, 26), BF16, version="2.1"), 10.0),
+    Case("dit/1.3B-width-2-blocks/16x1x30x26/bf16", "cpu", partial(dit, _NARROW, (16, 1, 30, 26), BF16, version="2.1"), 25.0),
     Case("recipe/toy-width/48x9x8x8/fp32", "cpu", partial(recipe, _TOY, (48, 9, 8, 8), FP32), 6.0),
     Case("vae/2.1-decode/16x2x12x16/fp32", "cpu", _vae("2.1", (16, 2, 12, 16)), 25.0, True),
     Case("vae/2.1-encode/16x2x12x16/fp32", "cpu", _vae("2.1", (16, 2, 12, 16), True), 25.0),
-    Case("vae/2.2-decode/48x2x6x8/fp32", "cpu", _vae("2.2", (48, 2, 6, 8)), 25.0, True),
-    Case("vae/2.2-encode/48x2x6x8/fp32", "cpu", _vae("2.2", (48, 2, 6, 8), True), 25.0),
-    Case("vae/2.2-toy-width-decode/48x9x8x8/fp32", "cpu", partial(vae, _VAE22_TOY, (48, 9, 8, 8), False), 4.0),
-    Case("vae/2.2-toy-width-encode/48x9x8x8/fp32", "cpu", partial(vae, _VAE22_TOY, (48, 9, 8, 8), True), 4.0),
+    Case("vae/2.2-decode/48x2x4x6/fp32", "cpu", _vae("2.2", (48, 2, 4, 6)), 40.0, True),
+    Case("vae/2.2-encode/48x2x4x6/fp32", "cpu", _vae("2.2", (48, 2, 4, 6), True), 25.0),
+    Case("vae/2.2-toy-width-decode/48x9x8x8/fp32", "cpu", partial(vae, _VAE22_TOY, (48, 9, 8, 8), False), 12.0),
+    Case("vae/2.2-toy-width-encode/48x9x8x8/fp32", "cpu", partial(vae, _VAE22_TOY, (48, 9, 8, 8), True), 6.0),
     Case("text/umt5-quarter-width-6-layers/64-tokens/fp32", "cpu", partial(text, _UMT5_QUARTER, 64, FP32), 6.0, True),
 )

@@ -74,6 +74,8 @@ def share(arm: Mapping[str, Any]) -> str:
 
 def _ratio(arm: Mapping[str, Any]) -> str:
     ratio = arm["ratio"]
+    if arm["rounds"] == 1:
+        return f"{ratio['median']:.2f}x (one round)"
     return f"{ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
 
 

@@ -33,6 +33,12 @@ def test_only_a_clear_fall_of_the_ratio_is_a_regression(then, now, caught):
     assert bool(found) is caught and all("vae/x/y/fp32 against diffusers" in line for line in found)
 
 
+def test_one_round_proves_nothing():
+    now = run(1.0, 1.1)
+    now["rows"][NAME]["arms"]["diffusers"]["rounds"] = 1
+    assert not list(gate.regressions(now, run(1.8, 2.0)))
+
+
 def test_what_is_no_longer_measured_is_said():
     new = run(1, 2, rows={}, notes={NAME: "FAILED: RuntimeError: out of memory"})
     assert list(gate.regressions(new, run(1, 2))) == [
