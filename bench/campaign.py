@@ -95,7 +95,8 @@ def run_case(case: Any, device: torch.device, results: Results) -> None:
 def check_kernels(device: torch.device, results: Results | None, *, real: bool = True) -> int:
     """The accuracy rule for every kernel, on the device, small shapes and real ones; returns how many break it.
 
-    An operator that runs in CUDA C++ here is checked in Triton too.
+    An operator that runs in CUDA C++ here is checked in Triton too. What a kernel leaves unwritten is poison: in
+    deterministic mode torch.empty gives NaN, or the largest integer.
     """
     import torch
     from kernel_cases import CASES, REAL_CASES, arguments, in_fp64
@@ -113,11 +114,14 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
             ways["triton"] = without_extension(case.op)
         for way, chosen in ways.items():
             finding = "kept"
+            torch.use_deterministic_algorithms(True, warn_only=True)
             try:
                 with chosen:
                     assert_as_accurate(kernel.launch(*args), exact, expected)
             except Exception as error:  # one that does not compile breaks it too, and the others are still to be checked
                 finding, wrong = f"BROKEN: {type(error).__name__}: {_line(error)}", wrong + 1
+            finally:
+                torch.use_deterministic_algorithms(False)
             if results:
                 results.put("accuracy", f"{case.op}/{case.id}/{str(dtype).removeprefix('torch.')} in {way}", finding)
     if wrong and results:

@@ -80,9 +80,7 @@ def parse(peer: str, log: str) -> dict[str, float]:
         ValueError: no such peer is known, or the log has none of its figures.
     """
     if peer not in PEERS:
-        close = get_close_matches(peer.lower(), PEERS, 1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"no peer is called {peer!r}; {hint}known are {' '.join(PEERS)}")
+        raise _unknown(peer)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", log).replace("\r", "\n")
     last = re.split(r"^### RUN\b.*$", plain, flags=re.MULTILINE)[-1]
     found = {}
@@ -92,6 +90,12 @@ def parse(peer: str, log: str) -> dict[str, float]:
     if not found:
         raise ValueError(f"the log has no line of {peer} that carries a time; bench/peers.md says how to get them")
     return found
+
+
+def _unknown(peer: str) -> ValueError:
+    close = get_close_matches(peer.lower(), PEERS, 1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return ValueError(f"no peer is called {peer!r}; {hint}known are {' '.join(PEERS)}")
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -121,6 +125,8 @@ def main() -> int:
                 raise ValueError(f"expected PEER=LOG, got {argument!r}; for example lightx2v=run.log")
             if peer in rows:
                 raise ValueError(f"{peer} is given twice; put the runs into one log, or make two tables")
+            if peer not in PEERS:
+                raise _unknown(peer)
             rows[peer] = parse(peer, Path(path).read_text(encoding="utf-8", errors="replace"))
     except (ValueError, OSError) as error:
         print(f"bench.peers: error: {error}", file=sys.stderr)
