@@ -367,6 +367,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"bench.campaign: error: {error}", file=sys.stderr)
         return 2
+    if not names:
+        print(f"{results.path} has all of it already; --again measures it again")
+        return 0
     print(f"{len(names)} steps on {results.data['machine']['device']}, at most {parsed.minutes:g} minutes, into {results.path}")
     child = [sys.executable, "-m", "bench.campaign", "--child", str(results.path.resolve()), "--device", device]
     try:
