@@ -59,12 +59,11 @@ def steps(device: torch.device, patterns: Sequence[str] = ()) -> dict[str, Calla
     todo: dict[str, Callable[[Results], None]] = {"roofs": partial(find_roofs, device)}
     if device.type == "cuda" and not patterns:
         todo["accuracy"] = partial(check_kernels, device)
-    late = ("denoise", "text", "recipe", "run", "dit-compiled")
-    todo |= {case.name: partial(run_case, case, device) for case in cases if case.group not in late}
+    todo |= {case.name: partial(run_case, case, device) for case in cases if case.group == "kernel"}
     if device.type == "cuda" and not patterns:
         tiles = [case for case in REAL_CASES if case.op in tunable()]
         todo |= {f"tiles/{case.op}/{case.id}": partial(find_tiles, case, device) for case in tiles}
-    todo |= {case.name: partial(run_case, case, device) for case in cases if case.group in late}
+    todo |= {case.name: partial(run_case, case, device) for case in cases if case.group != "kernel"}
     if device.type == "cuda" and not patterns:
         todo["sanitizer"] = sanitize
     return todo
@@ -80,10 +79,14 @@ def still_to_do(names: Sequence[str], data: Mapping[str, Any]) -> list[str]:
 
 
 def find_roofs(device: torch.device, results: Results) -> None:
+    from bench.results import without_paths
     from wan_fast.roofs import measured
 
     for name, rate in measured(device):
-        results.put("roofs", name, rate)
+        if isinstance(rate, float):
+            results.put("roofs", name, rate)
+        else:
+            results.put("notes", f"roof {name}", f"not measured: {without_paths(rate)}")
 
 
 def run_case(case: Any, device: torch.device, results: Results) -> None:
@@ -102,6 +105,7 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
     from kernel_cases import CASES, REAL_CASES, arguments, in_fp64
     from numerics import assert_as_accurate
 
+    from bench.results import line
     from bench.tune import without_extension
     from wan_fast.kernels import KERNELS, backend
 
@@ -119,7 +123,7 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
                 with chosen:
                     assert_as_accurate(kernel.launch(*args), exact, expected)
             except Exception as error:  # one that does not compile breaks it too, and the others are still to be checked
-                finding, wrong = f"BROKEN: {type(error).__name__}: {_line(error)}", wrong + 1
+                finding, wrong = f"BROKEN: {type(error).__name__}: {line(error)}", wrong + 1
             finally:
                 torch.use_deterministic_algorithms(False)
             if results:
@@ -165,7 +169,7 @@ def work(path: Path, device_name: str, names: Sequence[str]) -> int:
     import torch
 
     from bench.registry import NotHere
-    from bench.results import Results, describe_run
+    from bench.results import Results, describe_run, line
 
     # what rivals print must not end up between the lines that the parent reads
     channel = os.fdopen(os.dup(1), "w")
@@ -180,9 +184,9 @@ def work(path: Path, device_name: str, names: Sequence[str]) -> int:
             step(results)
             said = "done"
         except (ImportError, NotHere) as error:
-            said = f"skipped: {_line(error)}"
+            said = f"skipped: {line(error)}"
         except Exception as error:  # a step must not take the others with it
-            said = f"FAILED: {type(error).__name__}: {_line(error)}"
+            said = f"FAILED: {type(error).__name__}: {line(error)}"
         if said != "done":
             results.put("notes", name, said)
         print(f"end {name} {said}", file=channel, flush=True)
@@ -191,12 +195,6 @@ def work(path: Path, device_name: str, names: Sequence[str]) -> int:
             torch.cuda.synchronize()  # raises if the context is lost: the next child has a new one
             torch.cuda.empty_cache()
     return 0
-
-
-def _line(error: BaseException) -> str:
-    from bench.results import without_paths
-
-    return without_paths(" ".join(str(error).split()))[:300]
 
 
 # --- the parent ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 import torch
+from models import official_grid
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -26,7 +27,7 @@ from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
 from wan_fast.names import DIT_NAMES, VAE21_NAMES, VAE22_NAMES, Rules, native_name
 from wan_fast.planning import DECODE_CHUNKS
 from wan_fast.sampler import denoise
-from wan_fast.steps import Step, sigma_grid, step_plan
+from wan_fast.steps import Step, step_plan
 from wan_fast.tasks import TASKS, VAES
 from wan_fast.vae import WanVAE
 
@@ -250,7 +251,7 @@ def vae(dims: VaeDims, shape: tuple[int, int, int, int], encode: bool, device: t
         rates={"diffusers in bf16": "bf16"},
         tolerance=1e-4 if device.type == "cpu" else 1e-1,
         flops=manifest.vae_flops(dims, "encoder" if encode else "decoder", T, h, w),
-        bytes=sum(p.nbytes for p in ours.parameters()) / 2 + z.nbytes + pixels.nbytes,
+        bytes=sum(p.nbytes for p in (ours.encoder if encode else ours.decoder).parameters()) + z.nbytes + pixels.nbytes,
     )
 
 
@@ -280,7 +281,7 @@ def text(shapes: manifest.Shapes, count: int, dtype: torch.dtype, device: torch.
 
 def end_to_end(size: tuple[int, int], num_frames: int, num_steps: int, device: torch.device) -> Work:
     """Prompt to 8-bit frames on the bundled checkpoint, models loaded, one noise and one sigma grid for both."""
-    from wan_fast.engine import Engine, _tf32_convolutions
+    from wan_fast.engine import Engine, tf32_convolutions
 
     spec = TASKS["ti2v-5B"]
     engine = Engine(EngineConfig(task=spec.name, checkpoint="tiny", device=str(device), dtype="fp32"))
@@ -298,7 +299,7 @@ def end_to_end(size: tuple[int, int], num_frames: int, num_steps: int, device: t
 
         pipe = WanPipeline.from_pretrained(str(locate("tiny", spec)), torch_dtype=FP32).to(device)
         pipe.set_progress_bar_config(disable=True)
-        pipe.scheduler = _official_scheduler(num_steps, spec.shift)
+        pipe.scheduler = official_grid(num_steps, spec.shift)
         noise = torch.randn(
             spec.vae_spec.latent_shape(size, num_frames), generator=torch.Generator(device).manual_seed(0), device=device
         )
@@ -306,7 +307,7 @@ def end_to_end(size: tuple[int, int], num_frames: int, num_steps: int, device: t
         def call() -> Tensor:
             start = _now(device)
             with (
-                _tf32_convolutions(False),
+                tf32_convolutions(False),
                 _timed(pipe, "encode_prompt", device) as prepare,
                 _timed(pipe.vae, "decode", device) as decode,
             ):
@@ -362,21 +363,6 @@ def _timed(owner: Any, name: str, device: torch.device) -> Iterator[list[float]]
         delattr(owner, name)
 
 
-def _official_scheduler(num_steps: int, shift: float) -> Any:
-    """diffusers' UniPC on the official sigma grid."""
-    from diffusers import UniPCMultistepScheduler
-
-    sigmas = sigma_grid("unipc", num_steps, shift)
-
-    class Official(UniPCMultistepScheduler):
-        def set_timesteps(self, num_inference_steps: int, device: Any = None, **_: Any) -> None:
-            super().set_timesteps(num_inference_steps, device=device)
-            self.sigmas = torch.tensor(sigmas)
-            self.timesteps = torch.tensor([int(s * 1000) for s in sigmas[:-1]])
-
-    return Official(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
-
-
 # --- the rows -----------------------------------------------------------------------------------------------------------
 
 _TOY = DiTDims(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=48, out_dim=48, text_dim=64)
@@ -388,8 +374,9 @@ _UMT5_QUARTER = manifest.text_shapes(32768, 1024, 1024, 2560, 16, 6)
 
 
 def _dit(task: str, *video: int) -> Callable[[torch.device], Work]:
-    version = "2.1" if task.startswith("t2v") else "2.2"
-    return partial(dit, DiTDims.of_task(TASKS[task]), latent_shape(task, *video), BF16, version=version)
+    spec = TASKS[task]
+    version = "2.2" if "Wan2.2" in spec.hub_id else "2.1"
+    return partial(dit, DiTDims.of_task(spec), latent_shape(task, *video), BF16, version=version)
 
 
 def _vae(version: str, shape: tuple[int, int, int, int], encode: bool = False) -> Callable[[torch.device], Work]:

@@ -21,54 +21,54 @@ from bench.report import NOT_MEASURED, seconds
 COLUMNS = ("text", "denoise", "decode", "total", "peak")
 
 
+def _last(values: list[float]) -> float:
+    return values[-1]
+
+
 @dataclass(frozen=True, slots=True)
 class Figure:
     """A number in a log: the pattern whose first group it is, its unit in seconds or GiB, and what to do with several."""
 
     pattern: str
     unit: float = 1.0
-    several: Callable[[list[float]], float] = max
-
-
-def _last(values: list[float]) -> float:
-    return values[-1]
+    several: Callable[[list[float]], float] = _last
 
 
 # the wording of each engine's own log statements, as `peers.md` cites them
 PEERS: Mapping[str, Mapping[str, Figure]] = {
     "lightx2v": {
-        "text": Figure(r"Run Text Encoder cost ([\d.]+) seconds", several=_last),
+        "text": Figure(r"Run Text Encoder cost ([\d.]+) seconds"),
         "denoise": Figure(r"Run Dit every step cost ([\d.]+) seconds", several=sum),
-        "decode": Figure(r"Run VAE Decoder cost ([\d.]+) seconds", several=_last),
-        "total": Figure(r"RUN pipeline cost ([\d.]+) seconds", several=_last),
-        "peak": Figure(r"Peak Memory: ([\d.]+) GB"),
+        "decode": Figure(r"Run VAE Decoder cost ([\d.]+) seconds"),
+        "total": Figure(r"RUN pipeline cost ([\d.]+) seconds"),
+        "peak": Figure(r"Peak Memory: ([\d.]+) GB", several=max),
     },
     "fastvideo": {
-        "text": Figure(r"TextEncodingStage\] Execution completed in ([\d.eE+-]+) ms", 1e-3, _last),
-        "denoise": Figure(r"DenoisingStage\] Execution completed in ([\d.eE+-]+) ms", 1e-3, _last),
-        "decode": Figure(r"[|\[]DecodingStage\] Execution completed in ([\d.eE+-]+) ms", 1e-3, _last),
-        "total": Figure(r"Generated successfully in ([\d.]+) seconds", several=_last),
-        "peak": Figure(r"peak_mb=([\d.]+)", 2**-10),
+        "text": Figure(r"TextEncodingStage\] Execution completed in ([\d.eE+-]+) ms", 1e-3),
+        "denoise": Figure(r"DenoisingStage\] Execution completed in ([\d.eE+-]+) ms", 1e-3),
+        "decode": Figure(r"[|\[]DecodingStage\] Execution completed in ([\d.eE+-]+) ms", 1e-3),
+        "total": Figure(r"Generated successfully in ([\d.]+) seconds"),
+        "peak": Figure(r"peak_mb=([\d.]+)", 2**-10, several=max),
     },
     "sglang": {
-        "text": Figure(r"\[TextEncodingStage\] finished in ([\d.]+) seconds", several=_last),
-        "denoise": Figure(r"\[DenoisingStage\] finished in ([\d.]+) seconds", several=_last),
-        "decode": Figure(r"\[DecodingStage\] finished in ([\d.]+) seconds", several=_last),
-        "total": Figure(r"Warmed-up request processed in ([\d.]+) seconds", several=_last),
-        "peak": Figure(r"Memory usage - Max peak: ([\d.]+) MB", 2**-10),
+        "text": Figure(r"\[TextEncodingStage\] finished in ([\d.]+) seconds"),
+        "denoise": Figure(r"\[DenoisingStage\] finished in ([\d.]+) seconds"),
+        "decode": Figure(r"\[DecodingStage\] finished in ([\d.]+) seconds"),
+        "total": Figure(r"Warmed-up request processed in ([\d.]+) seconds"),
+        "peak": Figure(r"Memory usage - Max peak: ([\d.]+) MB", 2**-10, several=max),
     },
     "turbodiffusion": {
-        "text": Figure(r"text_s=([\d.]+)", several=_last),
-        "denoise": Figure(r"dit_s=([\d.]+)", several=_last),
-        "decode": Figure(r"vae_s=([\d.]+)", several=_last),
-        "total": Figure(r"total_s=([\d.]+)", several=_last),
-        "peak": Figure(r"peak_mb=([\d.]+)", 2**-10),
+        "text": Figure(r"text_s=([\d.]+)"),
+        "denoise": Figure(r"dit_s=([\d.]+)"),
+        "decode": Figure(r"vae_s=([\d.]+)"),
+        "total": Figure(r"total_s=([\d.]+)"),
+        "peak": Figure(r"peak_mb=([\d.]+)", 2**-10, several=max),
     },
     "wan-fast": {
-        "text": Figure(r"done .*prepare ([\d.]+) s", several=_last),
-        "denoise": Figure(r"done .*denoise ([\d.]+) s", several=_last),
-        "decode": Figure(r"done .*decode ([\d.]+) s", several=_last),
-        "peak": Figure(r"done .*peak ([\d.]+) GiB"),
+        "text": Figure(r"done .*prepare ([\d.]+) s"),
+        "denoise": Figure(r"done .*denoise ([\d.]+) s"),
+        "decode": Figure(r"done .*decode ([\d.]+) s"),
+        "peak": Figure(r"done .*peak ([\d.]+) GiB", several=max),
     },
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench.results import line
 from bench.timer import Timing, measure, once
 
 OURS = "wan-fast"
@@ -135,13 +136,13 @@ def _build(work: Work) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
             call = build()
             output = call() if work.tolerance is not None else None
         except (ImportError, NotHere) as error:
-            skipped[name] = _line(error)
+            skipped[name] = line(error)
             continue
         except Exception as error:
             # a rival that this device or this version of it cannot run, each with errors of its own; ours must
             if name == OURS:
                 raise
-            skipped[name] = f"{type(error).__name__}: {_line(error)}"
+            skipped[name] = f"{type(error).__name__}: {line(error)}"
             continue
         if output is not None:
             output = output.float()
@@ -177,7 +178,3 @@ def roof_seconds(flops: float, count: float, rate: str, roofs: Mapping[str, floa
     if not (flops or count) or "copy" not in roofs or (flops and rate not in roofs):
         return None
     return max(flops / roofs[rate] if flops else 0.0, count / roofs["copy"])
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -39,20 +39,19 @@ def machines(folder: Path = RESULTS) -> list[Machine]:
 
 def text_table(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Rows as lines for a terminal; a ratio above 1 means that this engine is the faster one."""
-    yield f"{'case':52s} {'arm':44s} {'time':>10s} {'% roof':>7s} {'peak':>10s}  ratio (low - high of the rounds)"
+    yield f"{'case':52s} {'arm':44s} {'time':>10s} {'% roof':>7s} {'peak':>12s}  wan-fast is faster by"
     for row in rows:
         for name, arm in row["arms"].items():
-            ratio = (
-                f"{arm['ratio']['median']:.2f} ({arm['ratio']['low']:.2f} - {arm['ratio']['high']:.2f})"
-                if "ratio" in arm
-                else ""
-            )
-            yield (
-                f"{row['case'][:52]:52s} {name[:44]:44s} {seconds(arm['seconds']):>10s} {share(arm):>7s} "
-                f"{amount(arm['peak_bytes']):>10s}  {ratio}"
-            ).rstrip()
+            numbers = f"{seconds(arm['seconds']):>10s} {share(arm):>7s} {amount(arm['peak_bytes']):>12s}  {_ratio(arm)}"
+            yield f"{row['case'][:52]:52s} {name[:44]:44s} {numbers}".rstrip()
         for name, why in row["skipped"].items():
             yield f"{row['case'][:52]:52s} {name[:44]:44s} skipped: {why}"
+
+
+def facts_line(facts: Mapping[str, Any]) -> str:
+    """Machine, versions and commit in one line."""
+    said = {**facts["machine"], **facts["versions"], "commit": facts["commit"]}
+    return ", ".join(f"{key} {value}" for key, value in said.items())
 
 
 def seconds(value: float) -> str:
@@ -73,6 +72,8 @@ def share(arm: Mapping[str, Any]) -> str:
 
 
 def _ratio(arm: Mapping[str, Any]) -> str:
+    if "ratio" not in arm:
+        return ""
     ratio = arm["ratio"]
     if arm["rounds"] == 1:
         return f"{ratio['median']:.2f}x (one round)"
@@ -170,7 +171,6 @@ def full_page(found: list[Machine]) -> str:
 
 def _full_row(case: str, name: str, arm: Mapping[str, Any]) -> str:
     spread = f"{seconds(arm['low'])} to {seconds(arm['high'])}"
-    ratio = _ratio(arm) if "ratio" in arm else ""
     graphed = " (graph)" if arm["graphed"] else ""
     cells = [
         f"`{case}`",
@@ -180,7 +180,7 @@ def _full_row(case: str, name: str, arm: Mapping[str, Any]) -> str:
         str(arm["rounds"]),
         share(arm),
         amount(arm["peak_bytes"]),
-        ratio,
+        _ratio(arm),
     ]
     return "| " + " | ".join(cells) + " |"
 

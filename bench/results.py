@@ -99,8 +99,13 @@ def _identity(data: dict[str, Any]) -> tuple[Any, ...]:
     return data["sources"], data["versions"], data["machine"].get("driver")
 
 
+def line(error: BaseException) -> str:
+    """An error as one short line fit for a results file."""
+    return without_paths(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
 def without_paths(text: str) -> str:
-    """A message fit for a results file: nothing of where things lie on this machine."""
+    """A message without where things lie on this machine."""
     for place, name in ((str(ROOT), "."), (sysconfig.get_path("purelib"), "site-packages"), (str(Path.home()), "~")):
         text = text.replace(place, name)
     return re.sub(r"/(?:[\w.+-]+/){2,}", ".../", text)

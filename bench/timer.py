@@ -17,7 +17,7 @@ from meter import Meter
 from torch import Tensor
 
 Call = Callable[[], object]
-# below this a launch from Python may take longer than the work: the call is replayed as a graph
+# below this a launch from Python may take longer than the work: the arms of such a case are replayed as graphs
 SHORT = 1e-3
 ROUNDS = (3, 50)
 
@@ -48,7 +48,8 @@ def measure(arms: Mapping[str, Call], device: torch.device, *, budget: float, le
     peaks, estimate = {}, {}
     for name, call in arms.items():
         # the first call, which may compile, is not timed
-        peaks[name] = None if is_graph(call) else _peak_bytes(call, device)
+        first = once(call, device)
+        peaks[name] = None if is_graph(call) else first.peak_bytes
         estimate[name] = _sample(call, device, None)()
     calls = dict(arms)
     if device.type == "cuda" and min(estimate.values()) < SHORT:
@@ -71,7 +72,7 @@ def measure(arms: Mapping[str, Call], device: torch.device, *, budget: float, le
 
 
 def once(call: Call, device: torch.device) -> Timing:
-    """One call of something long, timed and with its peak; no warm-up."""
+    """One call, timed and with its peak; no warm-up."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -152,16 +153,3 @@ def _cache_flush(device: torch.device) -> Tensor | None:
         return None
     size = 4 * torch.cuda.get_device_properties(device).L2_cache_size
     return torch.empty(size, dtype=torch.uint8, device=device)
-
-
-def _peak_bytes(call: Call, device: torch.device) -> int:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    with Meter() as meter:
-        call()
-    return meter.peak

@@ -18,6 +18,7 @@ import torch
 from kernel_cases import REAL_CASES, RealCase, arguments, in_fp64
 from numerics import assert_as_accurate
 
+from bench.results import line
 from bench.timer import measure
 from wan_fast.kernels import KERNELS
 
@@ -52,7 +53,7 @@ def sweep(case: RealCase, dtype: torch.dtype, device: torch.device, *, budget: f
             assert_as_accurate(call(), exact, expected)
             calls[_name(tiles)] = call
         except Exception as error:  # too much shared memory, or a compiler's refusal: Triton has no common type for them
-            refused[_name(tiles)] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            refused[_name(tiles)] = f"{type(error).__name__}: {line(error)}"
     if _name(current) in refused:
         raise AssertionError(f"the tiles in use, {_name(current)}, are refused: {refused[_name(current)]}")
     seconds = {name: timing.median for name, timing in measure(calls, device, budget=budget).items()}

@@ -40,6 +40,7 @@ def test_a_case_from_the_command_line(tmp_path):
     data = read(path)
     assert path.parent.parent == tmp_path and set(data["rows"]) == {"recipe/toy-width/48x9x8x8/fp32"}
     assert data["roofs"]["copy"] > 1e8 and data["roofs"]["fp32"] > 1e9 and "tf32" not in data["roofs"]
+    assert data["notes"]["roof tf32"] == "not measured: tf32 is a mode of NVIDIA GPUs"
     assert {"wan-fast", "python", "torch"} <= set(data["versions"]) and data["machine"]["threads"] >= 1
     arms = data["rows"]["recipe/toy-width/48x9x8x8/fp32"]["arms"]
     assert len(arms) == 5 and all(arm["seconds"] > 0 and arm["peak_bytes"] > 0 for arm in arms.values())
@@ -99,6 +100,7 @@ def test_pytest_benchmark_runs_cpu_rows_and_says_why_it_skips_the_others():
     assert "1 passed, 1 skipped" in done.stdout or torch.cuda.is_available()
     assert "needs a GPU" in done.stdout or torch.cuda.is_available()
     assert "arms of each case, in one run" in done.stdout and "benchmark: 1 tests" in done.stdout
+    assert f"torch {torch.__version__}" in done.stdout and "commit " in done.stdout
 
 
 # --- children that crash, hang, or do not start --------------------------------------------------------------------------
@@ -214,13 +216,13 @@ def test_order_of_a_visit_to_a_gpu():
     assert names[:2] == ["roofs", "accuracy"] and names[-1] == "sanitizer"
     order = [
         "kernel/frames_to_uint8/480p-81/bf16",
+        "tiles/frames_to_uint8/480p-81",
         "dit/ti2v-5B/1280x704x121/bf16",
         "vae/2.2-decode/1280x704x17/fp32",
         "attention/t2v-14B/L75600-N40-K128/bf16",
         "gemm/t2v-14B-qkvo/32760x5120x5120/bf16",
         "conv3d/vae2.1/96x4x480x832/fp32",
         "dit/t2v-14B/832x480x81/bf16",
-        "tiles/frames_to_uint8/480p-81",
         "denoise/ti2v-5B/1280x704x121-50-steps/bf16",
     ]
     assert [place[name] for name in order] == sorted(place[name] for name in order)

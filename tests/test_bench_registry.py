@@ -11,9 +11,9 @@ from bench.official import Habits, official_step
 from bench.registry import OURS, Case, NotHere, Work
 from bench.timer import measure
 from wan_fast import manifest
+from wan_fast.counting import counted
 from wan_fast.dit import grid_of
 from wan_fast.manifest import DiTDims
-from wan_fast.profiling import Count, _CountAttention
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 FIRST = {case.group: case.name for case in reversed(CASES)}
@@ -23,7 +23,7 @@ BUILT_ON_META = [case for case in CASES if case.group not in ("run", "denoise")]
 @pytest.mark.parametrize("case", BUILT_ON_META, ids=lambda case: case.name)
 def test_every_case_runs_on_meta_and_states_its_work(case):
     """Full-size GPU cases too, without a GPU: every arm of each group's first case, ours of the others."""
-    with torch.no_grad():  # in inference mode linears would be counted before they are products
+    with torch.no_grad():
         work = case.make(META)
         for name, build in work.arms.items():
             if name != OURS and case.name != FIRST[case.group]:
@@ -35,10 +35,8 @@ def test_every_case_runs_on_meta_and_states_its_work(case):
                 continue
             if "padded" in name:
                 continue  # transformers reads its mask back, which meta cannot
-            with Count() as count, _CountAttention(count):
-                call()
+            flops = sum(done.flops for done in counted(call).values())
             if name == OURS:
-                flops = sum(done.flops for done in count.work.values())
                 assert flops == pytest.approx(work.flops, rel=0.02)
     assert case.group == "kernel" or work.flops > 0
     assert set(work.rates) <= set(work.arms)
@@ -47,9 +45,8 @@ def test_every_case_runs_on_meta_and_states_its_work(case):
 def test_denoising_runs_every_step_in_both_branches():
     with torch.no_grad():
         work = networks.denoising("t2v-1.3B", (64, 64, 5), 2, META)
-        with Count() as count, _CountAttention(count):
-            work.arms[OURS]()()
-    assert sum(done.flops for done in count.work.values()) == pytest.approx(work.flops, rel=0.02)
+        flops = sum(done.flops for done in counted(work.arms[OURS]()).values())
+    assert flops == pytest.approx(work.flops, rel=0.02)
 
 
 def test_names_are_unique_and_say_group_and_dtype():

@@ -106,6 +106,16 @@ def test_lost_marks_are_said(tmp_path):
         report.rendered("# nothing\n", [])
 
 
+def test_one_round_is_called_one_round():
+    alone = MEASURED | {"arms": {OURS: arm(0.5), "diffusers": arm(1.0, 2.0, rounds=1)}}
+    assert list(report.text_table([alone]))[2].endswith("2.00x (one round)")
+
+
+def test_the_facts_name_machine_versions_and_commit():
+    line = report.facts_line(results(commit="0a1b", driver="580.1"))
+    assert line == "device AMD EPYC, 2 threads, threads 2, driver 580.1, torch 2.13.0, commit 0a1b"
+
+
 def test_the_text_table_names_skipped_arms():
     lines = list(report.text_table([MEASURED | {"skipped": {"flash-attn 3": "No module named 'flash_attn_interface'"}}]))
-    assert "2.00 (1.90 - 2.10)" in lines[2] and lines[3].endswith("skipped: No module named 'flash_attn_interface'")
+    assert lines[2].endswith("2.00x (1.90 to 2.10)") and lines[3].endswith("skipped: No module named 'flash_attn_interface'")

@@ -22,7 +22,8 @@ LEVELS: list[set[str]] = [
     {"conditioning", "planning", "sampler"},
     {"graphs", "engine"},
     {"__init__"},
-    {"doctor", "profiling", "server"},
+    {"counting", "doctor", "server"},
+    {"profiling"},
     {"cli"},
     {"__main__"},
 ]

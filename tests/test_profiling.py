@@ -7,8 +7,9 @@ from torch.autograd import DeviceType
 
 from wan_fast import EngineConfig, Request, WanFastError, profiling, roofs
 from wan_fast.cli import main
+from wan_fast.counting import Work, count_work, kind_of
 from wan_fast.engine import Engine
-from wan_fast.profiling import Profile, Work, count_work, kind_of
+from wan_fast.profiling import Profile
 
 REQUEST = Request(prompt="a ball", size=(64, 96), num_frames=9, num_steps=3, seed=3)
 
@@ -136,6 +137,17 @@ def test_kernels_idle_time_and_waits_of_a_gpu():
     assert unknown.of_roof is None and [row.of_roof for row in unknown.rows] == [None, None]
 
 
+def test_nothing_behind_a_run_costs_its_result(engine, monkeypatch):
+    monkeypatch.setattr(profiling, "_stages", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(roofs, "measured", lambda device, products: [("copy", 1e10), ("fp32", "out of memory")])
+    profile = Profile(engine, engine.plan(REQUEST), lambda: "the clip")
+    assert profile.result == "the clip"
+    with pytest.raises(ZeroDivisionError):
+        list(profile.table())
+    monkeypatch.undo()
+    assert "fp32 not measured (out of memory)" in next(iter(profile.table()))
+
+
 # --- the command ---------------------------------------------------------------------------------------------------------
 
 RUN = ["run", "--task", "ti2v-5B", "--ckpt_dir", "tiny", "--device", "cpu", "--prompt", "cat", "--quiet"]
@@ -158,12 +170,12 @@ def test_a_trace_that_cannot_be_written_is_said_before_the_run(tmp_path, capsys)
     assert "x.trace.json" in error and "--profile" in error and not (tmp_path / "x.mp4").exists()
 
 
-def test_unknown_products_are_left_out(monkeypatch):
+def test_a_product_that_a_device_has_not_is_said(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(roofs, "copy_rate", lambda device: 1.0)
     monkeypatch.setattr(roofs, "_fastest", lambda call, device: 2.0)
     found = dict(roofs.measured(torch.device("cpu"), ("fp32", "tf32")))
-    assert found == {"copy": 1.0, "fp32": 2048**3}
+    assert found == {"copy": 1.0, "fp32": 2048**3, "tf32": "tf32 is a mode of NVIDIA GPUs"}
 
 
 def test_an_error_in_a_profiled_run_is_the_runs_own(engine):

@@ -115,7 +115,7 @@ class Engine:
         frames = torch.empty(todo.request.num_frames, height, width, 3, dtype=torch.uint8)
         with (
             torch.inference_mode(),
-            _tf32_convolutions(todo.dtype == "bf16"),
+            tf32_convolutions(todo.dtype == "bf16"),
             _memory_guard(self._setup, f"peaks of {peaks}"),
         ):
             with self._stage("prepare"):
@@ -338,7 +338,7 @@ def _peak_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def _tf32_convolutions(allowed: bool) -> Iterator[None]:
+def tf32_convolutions(allowed: bool) -> Iterator[None]:
     """TF32 in cuDNN's convolutions, as the official code leaves it, or true fp32; never in matrix products."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, matmul.allow_tf32

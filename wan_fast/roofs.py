@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -16,14 +15,18 @@ from torch import Tensor
 PRODUCTS = ("fp32", "tf32", "bf16", "fp8", "int8")
 
 
-def measured(device: torch.device, products: Iterable[str] = PRODUCTS) -> Iterator[tuple[str, float]]:
-    """("copy", bytes per second), then (product, operations per second) for those that the device has."""
-    with suppress(torch.OutOfMemoryError):
-        yield "copy", copy_rate(device)
-    for kind in products:
-        # a device without such a product, or without room for one
-        with suppress(RuntimeError, NotImplementedError):
-            yield kind, product_rate(device, kind)
+def measured(device: torch.device, products: Iterable[str] = PRODUCTS) -> Iterator[tuple[str, float | str]]:
+    """("copy", bytes per second), then (product, operations per second); a string says why there is no number.
+
+    A device may have no such product, or no room for one.
+    """
+    for kind in ("copy", *products):
+        found: float | str
+        try:
+            found = copy_rate(device) if kind == "copy" else product_rate(device, kind)
+        except (RuntimeError, NotImplementedError) as error:
+            found = " ".join(str(error).split())[:200]
+        yield kind, found
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

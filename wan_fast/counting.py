@@ -1,0 +1,128 @@
+"""How many operations and bytes the work of a run is, by class of kernel, counted on meta tensors: it costs the run nothing."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from wan_fast.dit import WanDiT, grid_of
+from wan_fast.engine import Engine
+from wan_fast.kernels import KERNELS, frames_to_uint8
+from wan_fast.manifest import VaeDims
+from wan_fast.planning import Plan
+from wan_fast.vae import WanVAE
+
+# the first pattern that a kernel's or an operator's name matches
+_CLASSES = (
+    ("wan_fast kernel", "|".join(["wan_fast", *KERNELS])),
+    ("attention", r"scaled_dot_product|flash|fmha|sdpa|attention"),
+    ("convolution", r"conv|fprop|dgrad|implicit"),
+    ("matrix product", r"gemm|mm\b|mm_|nvjet|cutlass|cublas|linear|matmul|splitK"),
+    ("copy and layout", r"copy|memcpy|memset|cat\b|CatArray|pad|clone|contiguous|fill|zero|upsample|index|gather"),
+    ("norm", r"norm"),
+    ("elementwise", r"elementwise|mul|add|sub|div|gelu|silu|sigmoid|clamp|exp|pow|sqrt|sin|cos|where|reduce|softmax|mean|sum"),
+)
+
+
+def kind_of(name: str) -> str:
+    """The class of a kernel or operator, by its name."""
+    return next((kind for kind, pattern in _CLASSES if re.search(pattern, name, re.IGNORECASE)), "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Operations and bytes of a class."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, count: int) -> Work:
+        return Work(self.flops * count, self.bytes * count)
+
+
+def count_work(engine: Engine, todo: Plan) -> dict[tuple[str, str], Work]:
+    """(stage, class) -> work of denoising and decoding; what the text encoder does is not counted."""
+    work: dict[tuple[str, str], Work] = {}
+    forwards = Counter(step.expert for step in todo.steps for run in (step.conditional, step.unconditional) if run == "run")
+    with torch.inference_mode(False), torch.no_grad(), torch.device("meta"):
+        for expert, count in forwards.items():
+            loaded = engine.models[expert]
+            assert isinstance(loaded, WanDiT)
+            model = _on_meta(loaded, WanDiT(loaded.dims))
+            latents, timestep = torch.empty(1, *todo.latent_shape), torch.empty(1, 1)
+            context = model.prepare([torch.empty(1, model.dims.text_dim)], grid_of(latents.shape))
+            for kind, done in counted(partial(model, latents, timestep, context)).items():
+                work["denoise", kind] = work.get(("denoise", kind), Work()) + done * count
+        shapes = {name: tuple(t.shape) for name, t in engine.models["vae"].state_dict().items()}
+        vae = _on_meta(engine.models["vae"], WanVAE(VaeDims.of_shapes(shapes)))
+        z = torch.empty(todo.latent_shape)
+        decoded = counted(lambda: [frames_to_uint8(c) for c in vae.decode_chunks(z, chunk=todo.memory.decode_chunk)])
+        work |= {("decode", kind): done for kind, done in decoded.items()}
+    return work
+
+
+def counted(call: Callable[[], object]) -> dict[str, Work]:
+    """The work of a call on meta tensors, by class; under no_grad: in inference mode linears would pass before they are
+    products."""
+    with _Count() as count, _CountAttention(count):
+        call()
+    return dict(count.work)
+
+
+class _Count(TorchDispatchMode):
+    """Adds up the operations and bytes of every operator that runs in the block, by class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work: dict[str, Work] = defaultdict(Work)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            formula = flop_registry.get(func._overloadpacket)
+            flops = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
+            self.add(str(func._schema.name), flops, (args, kwargs, out))
+        return out
+
+    def add(self, name: str, flops: float, touched: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves(touched) if isinstance(leaf, Tensor)]
+        # a broadcast tensor is read from what it really holds
+        moved = sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
+        self.work[kind_of(name)] += Work(flops, moved)
+
+
+class _CountAttention(TorchFunctionMode):
+    """Counts attention as one operator: on meta PyTorch would spell it out, scores and all."""
+
+    def __init__(self, count: _Count) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        q, k, v = args[:3] if len(args) >= 3 else [kwargs[name] for name in ("query", "key", "value")]
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        self.count.add("attention", 4 * prod(q.shape) * k.shape[-2], (q, k, v, out))
+        return out
+
+
+def _on_meta(model: nn.Module, empty: Any) -> Any:
+    """`empty`, a model of the same kind, with the shapes and dtypes of `model` and no values."""
+    empty.load_state_dict({n: torch.empty_like(t, device="meta") for n, t in model.state_dict().items()}, assign=True)
+    return empty.requires_grad_(False).eval()
