@@ -8,19 +8,21 @@ from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).parent / "bench"
+ROOT = Path(__file__).parent
+BENCH = ROOT / "bench"
 
 
-def import_bench() -> None:
-    """Make `bench` importable without the repository root on sys.path, where wan_fast would hide the installed one."""
-    spec = spec_from_file_location("bench", BENCH / "__init__.py", submodule_search_locations=[str(BENCH)])
+def import_package(name: str) -> None:
+    """Make it importable without the repository root on sys.path, where wan_fast would hide the installed one."""
+    spec = spec_from_file_location(name, ROOT / name / "__init__.py", submodule_search_locations=[str(ROOT / name)])
     assert spec and spec.loader
-    sys.modules["bench"] = package = module_from_spec(spec)
+    sys.modules[name] = package = module_from_spec(spec)
     spec.loader.exec_module(package)
 
 
-if "bench" not in sys.modules:
-    import_bench()
+for name in ("bench", "tools"):
+    if name not in sys.modules:
+        import_package(name)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,0 +1,1 @@
+"""The recipe of `wan_fast/assets/tiny`, stage by stage: vae, text, dit, export, evaluate."""

@@ -1,0 +1,120 @@
+"""Tells colour, shape and motion of a clip by measuring it: no network, so nothing here was trained with `tiny`.
+
+The background of a row is the median of the row over all columns and frames; a pixel belongs to the shape as far as it
+differs from that. Centre and area follow from the sums, the shape from moments of the angle around the centre.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from tools.train_tiny.world import COLOURS, FRAMES, SHAPES, draw_many, render
+
+CORNERS = (3, 4, 5)
+NOTHING = "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """`colour`, `shape`, `motion`: words of the world, or "nothing".
+
+    `shift`: pixels right and down. `hop`: pixels above the way from first to last place. `growth`: of the radius, as a
+    ratio. `turn`: radians.
+    """
+
+    colour: str
+    shape: str
+    motion: str
+    shift: tuple[float, float] = (0.0, 0.0)
+    hop: float = 0.0
+    growth: float = 1.0
+    turn: float = 0.0
+
+
+def cover(frames: Tensor) -> Tensor:
+    """How far each pixel belongs to the shape: [3, F, H, W] in -1 .. 1 -> [F, H, W] in 0 .. 1."""
+    ground = frames.permute(0, 2, 1, 3).flatten(2).median(dim=2).values  # [3, H]
+    difference = (frames - ground[:, None, :, None]).norm(dim=0)
+    return ((difference - 0.25) / 0.35).clamp(0, 1)
+
+
+def moments(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each frame: area [F], centre [F, 2] as (x, y), compactness [F], and the angular moments [F, corners].
+
+    Compactness is the mean squared distance from the centre over the area: 1 / 2 pi for a disc, more with a hole or spikes.
+    The moment of k corners is the mean of exp(i k angle), weighted by the squared distance: its size is near 0 but for
+    shapes of k corners, its angle turns k times as fast as the shape.
+    """
+    area = weight.sum((1, 2)).clamp_min(1e-6)
+    x = torch.arange(weight.shape[2], dtype=weight.dtype)
+    y = torch.arange(weight.shape[1], dtype=weight.dtype)
+    centre = torch.stack([(weight.sum(1) * x).sum(1) / area, (weight.sum(2) * y).sum(1) / area], 1)
+    dx = (x - centre[:, :1])[:, None, :]  # [F, 1, W]
+    dy = (y - centre[:, 1:])[:, :, None]  # [F, H, 1]
+    squared = weight * (dx.square() + dy.square())
+    angle = torch.atan2(dy, dx)
+    total = squared.sum((1, 2)).clamp_min(1e-6)
+    angular = torch.stack([(squared * torch.exp(1j * k * angle)).sum((1, 2)) / total for k in CORNERS], 1)
+    return area, centre, total / area.square(), angular
+
+
+def features(weight: Tensor) -> Tensor:
+    """[4]: compactness and the sizes of the angular moments, the median over the frames that show something."""
+    area, _, compactness, angular = moments(weight)
+    shown = area > 40
+    return torch.cat([compactness[shown, None], angular[shown].abs()], 1).median(dim=0).values
+
+
+@cache
+def prototypes() -> Tensor:
+    """[SHAPES, 4]: the features of real clips."""
+    clips = draw_many(5, 120, held_out=False)
+    rows = []
+    for shape in SHAPES:
+        some = [c for c in clips if c.shape == shape][:12]
+        rows.append(torch.stack([features(cover(frames)) for frames in render(some, range(0, FRAMES, 4))]).mean(0))
+    return torch.stack(rows)
+
+
+def see(frames: Tensor) -> Seen:
+    """What a clip [3, F, H, W] in -1 .. 1 shows."""
+    weight = cover(frames)
+    area, centre, _, angular = moments(weight)
+    if int((area > 40).sum()) < len(area) // 2:
+        return Seen(NOTHING, NOTHING, NOTHING)
+    solid = (weight > 0.95).float()
+    mean = (frames * solid).sum((1, 2, 3)) / solid.sum().clamp_min(1)
+    table = torch.tensor(list(COLOURS.values())) / 127.5 - 1
+    colour = list(COLOURS)[int((table - mean).norm(dim=1).argmin())]
+    scale = prototypes().std(dim=0)
+    nearest = ((prototypes() - features(weight)) / scale).norm(dim=1).argmin()
+    shape = SHAPES[int(nearest)]
+
+    last = len(area) - 1
+    shift = ((centre[last] - centre[0])[0].item(), (centre[last] - centre[0])[1].item())
+    # how high it rises above the line from its first to its last place, in both halves of the clip
+    time = torch.linspace(0, 1, len(area))
+    rise = centre[0, 1] + shift[1] * time - centre[:, 1]
+    hop = min(rise[: last // 2].max().item(), rise[last // 2 :].max().item())
+    growth = float((area[-3:].mean() / area[:3].mean()).sqrt())
+    strongest = int(angular.abs().mean(0).argmax())
+    steps = (angular[1:, strongest] * angular[:-1, strongest].conj()).angle()
+    turn = float(steps.sum()) / CORNERS[strongest]
+    return Seen(colour, shape, _motion(shift, hop, growth, turn), shift, hop, growth, turn)
+
+
+def _motion(shift: tuple[float, float], hop: float, growth: float, turn: float) -> str:
+    if growth > 1.6:
+        return "grow"
+    if hop > 10:
+        return "bounce"
+    if max(abs(shift[0]), abs(shift[1])) > 15:
+        if abs(shift[0]) > abs(shift[1]):
+            return "right" if shift[0] > 0 else "left"
+        return "down" if shift[1] > 0 else "up"
+    return "rotate" if abs(turn) > math.pi / 4 else NOTHING
