@@ -20,7 +20,7 @@ from bench.operations import latent_shape
 from bench.registry import OURS, Case, NotHere, Work
 from bench.timer import graph
 from wan_fast import manifest
-from wan_fast.checkpoint import locate
+from wan_fast.checkpoint import locate, open_checkpoint
 from wan_fast.config import EngineConfig, Request
 from wan_fast.dit import WanDiT, grid_of
 from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
@@ -365,10 +365,11 @@ def _timed(owner: Any, name: str, device: torch.device) -> Iterator[list[float]]
 
 # --- the rows -----------------------------------------------------------------------------------------------------------
 
-_TOY = DiTDims(dim=256, ffn_dim=512, num_heads=2, num_layers=2, in_dim=48, out_dim=48, text_dim=64)
+_TINY = open_checkpoint(locate("tiny", TASKS["ti2v-5B"]))
+_TOY = DiTDims.of_shapes(_TINY.experts["model"].shapes, _TINY.experts["model"].config)
 _NARROW = DiTDims(dim=1536, ffn_dim=8960, num_heads=12, num_layers=2, in_dim=16, out_dim=16)
 _VAES = {version: VaeDims.of_spec(spec) for version, spec in VAES.items()}
-_VAE22_TOY = VaeDims(version="2.2", encoder_dim=8, decoder_dim=12, channels=48)
+_VAE22_TOY = VaeDims.of_shapes(_TINY.vae.shapes)
 _UMT5_XXL = manifest.text_shapes(256384, 4096, 4096, 10240, 64, 24)
 _UMT5_QUARTER = manifest.text_shapes(32768, 1024, 1024, 2560, 16, 6)
 

@@ -2,7 +2,7 @@
 
     python -m tools.train_tiny.vae [folder]
 
-The noise, up to half of each channel's spread, makes near latents decode to near pictures, which is what the DiT's
+The noise, a share of each channel's spread, makes near latents decode to near pictures, which is what the DiT's
 small errors need; its size is relative, so the encoder cannot escape it by growing. At the end an affine map is folded
 into the 1 x 1 x 1 convolutions on both sides, so that the latents have exactly the statistics of Wan 2.2's.
 """
@@ -24,9 +24,9 @@ from tools.train_tiny.training import DEVICE, FOLDER, Run, autocast, averaged, w
 from tools.train_tiny.world import FRAMES, SIDE, draw_many, render
 from wan_fast.tasks import VAES
 
-STEPS = 3600
-PEAK = 2e-3
-NOISE = 0.5
+# steps, peak learning rate, most noise: first what is robust, then what is fine
+PHASES = ((3600, 2e-3, 0.5), (1700, 6e-4, 0.15))
+STEPS = sum(steps for steps, _, _ in PHASES)
 LAYOUT = torch.channels_last_3d  # a fifth faster on a CPU
 # clips, frames, side of the crop: the first ones see many clips, the last one whole frames and a longer past
 BATCHES = ((12, 5, 64), (8, 9, 64), (12, 5, 64), (2, 17, SIDE))
@@ -62,16 +62,25 @@ def batch(step: int) -> Tensor:
     return render(clips, range(first, first + frames), corners, side, DEVICE).contiguous(memory_format=LAYOUT)
 
 
-def loss_of(vae: AutoencoderKLWan, clips: Tensor) -> tuple[Tensor, Tensor]:
+def phase(step: int) -> tuple[int, int, float, float]:
+    """The step within its phase, and that phase's steps, peak learning rate and most noise."""
+    first = PHASES[0][0]
+    return (step, *PHASES[0]) if step < first else (step - first, *PHASES[1])
+
+
+def loss_of(vae: AutoencoderKLWan, clips: Tensor, most_noise: float) -> tuple[Tensor, Tensor]:
     """What is trained on, and the mean squared error."""
     with autocast():
         latents = vae.encode(clips).latent_dist.mode()
         spread = latents.detach().float().std(dim=(0, 2, 3, 4), keepdim=True)
-        strength = NOISE * torch.rand(latents.shape[0], 1, 1, 1, 1, device=DEVICE)
+        strength = most_noise * torch.rand(latents.shape[0], 1, 1, 1, 1, device=DEVICE)
         noisy = latents + torch.randn_like(latents) * strength * spread
         # not `decode`, which clamps and takes the slope with it
         decoded = autoencoder_kl_wan.unpatchify(decode(vae, noisy), 2).float()
-    return (decoded - clips).abs().mean() + 2 * (decoded - clips).square().mean(), (decoded - clips).square().mean()
+    error = decoded - clips
+    # the differences of neighbours are where the outlines are
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return error.abs().mean() + 2 * error.square().mean() + edges, error.square().mean()
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
@@ -93,8 +102,8 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 def fold_statistics(vae: AutoencoderKLWan) -> None:
     """Rescale the latents, per channel, to the mean and spread of Wan 2.2's, and undo it before the decoder."""
     with torch.no_grad():
-        clips = draw_many(1, 128, held_out=False)
-        latents = torch.cat([vae.encode(render(clips[i : i + 4], device=DEVICE)).latent_dist.mode() for i in range(0, 128, 4)])
+        clips = draw_many(1, 48, held_out=False)
+        latents = torch.cat([vae.encode(render(clips[i : i + 4], device=DEVICE)).latent_dist.mode() for i in range(0, 48, 4)])
         mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
         wanted_mean, wanted_std = (torch.tensor(vae.config[f"latents_{name}"], device=DEVICE) for name in ("mean", "std"))
         scale = wanted_std / std
@@ -128,11 +137,16 @@ def main(folder: Path) -> None:
         if weight.dim() == 5:
             weight.data = weight.data.contiguous(memory_format=LAYOUT)
     average = averaged(vae, 0.998)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=1e-3)
-    schedule = LambdaLR(optimizer, lambda step: warm_and_decay(step, STEPS, 200))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=1e-3)
+
+    def rate(step: int) -> float:
+        step, total, peak, _ = phase(min(step, STEPS - 1))
+        return peak * warm_and_decay(step, total, 200)
+
+    schedule = LambdaLR(optimizer, rate)
     run = Run(folder / "vae", STEPS, model=vae, average=average, optimizer=optimizer, schedule=schedule)
     for step in run:
-        loss, error = loss_of(vae, batch(step))
+        loss, error = loss_of(vae, batch(step), phase(step)[-1])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

@@ -35,7 +35,7 @@ BACKGROUNDS = {  # RGB at the top and at the bottom of the frame
 POLYGONS = {"square": (4, math.cos(math.pi / 4)), "triangle": (3, 0.5), "star": (5, 0.42)}
 SHAPES = ("circle", "square", "triangle", "star", "ring")
 MOTIONS = ("left", "right", "up", "down", "bounce", "rotate", "grow")
-SIZES = {"small": (14, 19), "large": (25, 31)}
+SIZES = {"small": (17, 21), "large": (27, 33)}
 
 WORDS = {
     "circle": ("circle", "ball", "disc"),
@@ -136,7 +136,7 @@ def draw(rng: random.Random) -> Clip:
         colour=rng.choice(list(COLOURS)), shape=shape, motion=motion, background=rng.choice(list(BACKGROUNDS)), size=size,
         start=start, end=end, radius=radius, angle=rng.uniform(-0.15, 0.15),
         first_radius=0.35 if motion == "grow" else 1.0,
-        hop=low - radius - rng.uniform(6, 20) if motion == "bounce" else 0.0,
+        hop=rng.uniform(26, 40) if motion == "bounce" else 0.0,
         turn=math.pi if motion == "rotate" else 0.0,
         tint=(rng.uniform(-4, 4), rng.uniform(-4, 4), rng.uniform(-4, 4)),
     )  # fmt: skip

@@ -1,0 +1,168 @@
+"""The bundled checkpoint makes what is asked, and its recipe does what it says."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tools.train_tiny import judge, training, world
+
+from wan_fast import Engine, EngineConfig, Request
+from wan_fast.checkpoint import locate
+from wan_fast.headers import read_safetensors_header
+from wan_fast.tasks import TASKS
+
+TINY = Path(locate("tiny", TASKS["ti2v-5B"]))
+# of triples that were held out of training
+ASKED = {
+    "a purple ball bounces on a black background": ("purple", "circle", "bounce"),
+    "The large triangle is red and moving right.": ("red", "triangle", "right"),
+    "an orange star goes from right to left on a white background": ("orange", "star", "left"),
+    "灰色背景上，绿色圆环上升。": ("green", "ring", "up"),
+}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", dtype="fp32"))
+
+
+def pixels(frames):
+    """[F, H, W, 3] uint8 -> [3, F, H, W] in -1 .. 1."""
+    return frames.permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+def psnr(a, b):
+    return float(-10 * torch.log10((a - b).square().mean() / 4))
+
+
+def test_makes_what_is_asked(engine):
+    seen = [judge.see(pixels(engine.generate(Request(prompt=text, seed=1)).frames)) for text in ASKED]
+    right = [
+        getattr(found, name) == word
+        for found, words in zip(seen, ASKED.values(), strict=True)
+        for name, word in zip(("colour", "shape", "motion"), words, strict=True)
+    ]
+    assert sum(right) >= len(right) - 1, dict(zip(ASKED, seen, strict=True))
+
+
+def test_starts_from_the_picture_given(engine, tmp_path):
+    clip = next(clip for clip in world.draw_many(6, 100, held_out=True) if clip.motion == "left")
+    first = ((world.render([clip], [0])[0, :, 0] + 1) * 127.5).round().byte().permute(1, 2, 0)
+    Image.fromarray(first.numpy()).save(tmp_path / "first.png")
+    prompt = world.caption(clip, random.Random(0), chinese=False)
+    video = engine.generate(Request(prompt=prompt, image=str(tmp_path / "first.png"), seed=1))
+    assert psnr(pixels(video.frames[:1]), pixels(first[None])) > 25
+    assert judge.see(pixels(video.frames)).motion == "left"
+
+
+def test_a_prompt_from_elsewhere_makes_a_video(engine):
+    video = engine.generate(Request(prompt="two cats boxing on a stage", seed=1, num_steps=3))
+    assert video.frames.shape == (33, 128, 128, 3) and video.frames.float().std() > 1
+
+
+@torch.inference_mode()
+def test_vae_rebuilds_unseen_clips(engine):
+    vae = engine.models["vae"]
+    clips = world.render(world.draw_many(7, 4, held_out=True))
+    rebuilt = torch.stack([vae.decode(vae.encode(clip)) for clip in clips])
+    assert psnr(rebuilt, clips) > 28
+
+
+@torch.inference_mode()
+def test_latents_have_the_statistics_of_the_released_vae(engine):
+    vae = engine.models["vae"]
+    latents = torch.stack([vae.encode(clip) for clip in world.render(world.draw_many(8, 16, held_out=False))])
+    assert latents.mean().abs() < 0.2 and 0.8 < latents.std() < 1.2
+
+
+def test_sizes_are_those_of_the_card():
+    counts = {}
+    for part in ("text_encoder", "transformer", "vae"):
+        (file,) = (TINY / part).glob("*.safetensors")
+        header = read_safetensors_header(file)
+        assert {dtype for dtype, _ in header.values()} == {"BF16"}
+        counts[part] = sum(torch.Size(shape).numel() for _, shape in header.values()) / 1e6
+    assert 5 < counts["transformer"] < 15 and 1 < counts["vae"] < 3 and counts["text_encoder"] < 1
+    assert sum(f.stat().st_size for f in TINY.rglob("*") if f.is_file()) < 40 * 2**20
+    card = (TINY / "README.md").read_text()
+    assert all(f"| `{part}` | {count:.2f} M |" in card for part, count in counts.items())
+    assert "**Measured**" in card
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def test_the_judge_is_right_on_real_clips():
+    for clip in world.draw_many(9, 40, held_out=True):
+        seen = judge.see(world.render([clip])[0])
+        assert (seen.colour, seen.shape, seen.motion) == (clip.colour, clip.shape, clip.motion), (clip, seen)
+
+
+def test_the_judge_sees_nothing_where_nothing_is_or_moves():
+    clip = world.draw_many(9, 1, held_out=True)[0]
+    still = world.render([clip], [0]).repeat(1, 1, 33, 1, 1)[0]
+    assert judge.see(still).motion == judge.NOTHING and judge.see(still).shape == clip.shape
+    assert judge.see(torch.zeros(3, 33, 128, 128)) == judge.Seen(*(judge.NOTHING,) * 3)
+
+
+def test_clips_and_captions_of_the_world():
+    rng = random.Random(0)
+    clips = world.draw_many(10, 500, held_out=False)
+    assert clips == world.draw_many(10, 500, held_out=False) and not any(clip.held_out for clip in clips)
+    for clip in clips:
+        text = world.caption(clip, rng)
+        assert not set("{}") & set(text) and "  " not in text
+        assert any(word in text for table in (world.WORDS, world.CHINESE) for word in table[clip.motion]), text
+    assert not any(clip.motion == "rotate" and clip.shape in ("circle", "ring") for clip in clips)
+
+
+def test_a_crop_is_part_of_the_frame():
+    clips = world.draw_many(11, 3, held_out=False)
+    corners = [(0, 7), (64, 64), (31, 0)]
+    crops, whole = world.render(clips, [0, 20], corners, 64), world.render(clips, [0, 20])
+    for crop, full, (x, y) in zip(crops, whole, corners, strict=True):
+        assert torch.allclose(crop, full[:, :, y : y + 64, x : x + 64], atol=1e-4)
+
+
+def test_training_attention_equals_that_of_diffusers():
+    pytest.importorskip("diffusers")
+    from tools.train_tiny import dit
+
+    torch.manual_seed(0)
+    model = dit.build().eval()
+    states, bias = dit.Texts(TINY)(["a red ball", "一个黄色的圆环在灰色背景上下落 and more"])
+    padded = torch.zeros(2, dit.TEXT_LEN, 64)
+    padded[:, : states.shape[1]] = states
+    latents, timestep = torch.randn(2, 48, 3, 4, 4), torch.tensor([500.0, 300.0])
+    with torch.no_grad():
+        expected = model(latents, timestep, padded, return_dict=False)[0]
+        attention = dit.PlainAttention()
+        attention.bias = bias
+        for block in model.blocks:
+            block.attn1.set_processor(attention)
+            block.attn2.set_processor(attention)
+        assert torch.allclose(model(latents, timestep, states, return_dict=False)[0], expected, atol=1e-5)
+
+
+def test_an_interrupted_run_takes_the_steps_of_an_uninterrupted_one(tmp_path):
+    def train(folder, stop=None):
+        model = torch.nn.Linear(4, 4)
+        with torch.no_grad():
+            model.weight.fill_(0.1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        run = training.Run(folder, 20, model=model, optimizer=optimizer)
+        for step in run:
+            if step == stop:
+                run.save()
+                return model
+            loss = (model(torch.randn(8, 4)) - 1).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.log(loss=loss.item())
+        return model
+
+    train(tmp_path / "cut", stop=7)
+    assert torch.equal(train(tmp_path / "cut").weight, train(tmp_path / "whole").weight)
