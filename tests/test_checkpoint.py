@@ -71,7 +71,7 @@ def test_width_does_not_tell_tasks_apart_but_kind_does(tmp_path, native):
 def test_tiny_is_in_diffusers_layout():
     opened = open_checkpoint(locate("tiny", TI2V))
     check(opened, TI2V)
-    assert opened.layout == "diffusers" and opened.defaults["size"] == (128, 128) and "random weights" in opened.note
+    assert opened.layout == "diffusers" and opened.defaults["size"] == (128, 128) and "toy" in opened.note
 
 
 def test_describe(native):

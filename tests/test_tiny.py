@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tools.train_tiny import judge, training, world
 
+from tools.train_tiny import judge, training, world
 from wan_fast import Engine, EngineConfig, Request
 from wan_fast.checkpoint import locate
 from wan_fast.headers import read_safetensors_header
@@ -149,8 +149,8 @@ def test_training_attention_equals_that_of_diffusers():
 def test_an_interrupted_run_takes_the_steps_of_an_uninterrupted_one(tmp_path):
     def train(folder, stop=None):
         model = torch.nn.Linear(4, 4)
-        with torch.no_grad():
-            model.weight.fill_(0.1)
+        torch.nn.init.zeros_(model.bias)
+        torch.nn.init.constant_(model.weight, 0.1)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         run = training.Run(folder, 20, model=model, optimizer=optimizer)
         for step in run:

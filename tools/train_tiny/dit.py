@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from tools.train_tiny.text import tokens
-from tools.train_tiny.training import DEVICE, FOLDER, Run, autocast, averaged, warm_and_decay
+from tools.train_tiny.training import DEVICE, FOLDER, Run, autocast, averaged, in_phase, warm_and_decay
 from tools.train_tiny.world import caption, draw_many, render
 from wan_fast.manifest import VaeDims
 from wan_fast.names import VAE22_NAMES, native_name
@@ -33,7 +33,9 @@ from wan_fast.tasks import TASKS
 from wan_fast.vae import WanVAE
 
 CLIPS = 3000
-STILL_STEPS, STEPS = 800, 5600
+PHASES = ((5600, 1.0), (7600, 0.5))  # steps and the share of the peak learning rate that each begins with
+STEPS = sum(steps for steps, _ in PHASES)
+STILL_STEPS = 800
 STILLS, BATCH = 96, 32
 PEAK_MUON, PEAK_ADAMW = 2e-3, 1e-3
 SHIFT = 5.0  # of the timesteps, as in sampling
@@ -108,7 +110,7 @@ class Texts:
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
-        self.encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").to(DEVICE).eval()
+        self.encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").to(DEVICE, torch.float32).eval()
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -128,8 +130,16 @@ def timesteps(count: int) -> Tensor:
     return SHIFT * u / (1 + (SHIFT - 1) * u)
 
 
-def loss_of(model: nn.Module, clean: Tensor, text: Tensor, first_given: bool) -> Tensor:
-    """Mean squared error of the velocity noise - clean, [N, 48, T, 8, 8], where the first frame is given of the others."""
+def usual_error(sigma: Tensor) -> Tensor:
+    """About the mean squared error that a trained model has at this share of noise, most of it no model's to avoid."""
+    return 0.05 + 0.3 * sigma**16
+
+
+def loss_of(model: nn.Module, clean: Tensor, text: Tensor, first_given: bool) -> tuple[Tensor, Tensor]:
+    """What is trained on, and the mean squared error of the velocity noise - clean, [N, 48, T, 8, 8].
+
+    Each clip's error counts relative to `usual_error`; where the first frame is given, only the others are counted.
+    """
     sigma = timesteps(len(clean))
     noise = torch.randn_like(clean)
     share = sigma[:, None, None, None, None].expand(-1, 1, clean.shape[2], 1, 1).clone()
@@ -142,7 +152,8 @@ def loss_of(model: nn.Module, clean: Tensor, text: Tensor, first_given: bool) ->
     with autocast():
         velocity = model(torch.lerp(clean, noise, share), timestep, text, return_dict=False)[0].float()
     error = (velocity - (noise - clean)).square()
-    return error[:, :, 1:].mean() if first_given else error.mean()
+    error = (error[:, :, 1:] if first_given else error).mean((1, 2, 3, 4))
+    return (error / usual_error(sigma)).mean() / 10, error.mean()
 
 
 def main(folder: Path) -> None:
@@ -161,7 +172,12 @@ def main(folder: Path) -> None:
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     muon = torch.optim.Muon(matrices, lr=PEAK_MUON, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, lr=PEAK_ADAMW, betas=(0.9, 0.98), weight_decay=0.0)
-    schedules = [LambdaLR(optimizer, lambda step: warm_and_decay(step, STEPS, 200)) for optimizer in (muon, adamw)]
+
+    def rate(step: int) -> float:
+        step, (total, share) = in_phase(step, PHASES)
+        return share * warm_and_decay(step, total, 200)
+
+    schedules = [LambdaLR(optimizer, rate) for optimizer in (muon, adamw)]
     run = Run(
         folder / "transformer", STEPS, model=model, average=average, muon=muon, adamw=adamw,
         muon_schedule=schedules[0], adamw_schedule=schedules[1],
@@ -177,7 +193,7 @@ def main(folder: Path) -> None:
         states, attention.bias = texts(captions)
         clean = latents[chosen].to(DEVICE).float()
         first_given = not still and step % 2 == 1
-        loss = loss_of(model, clean[:, :, :1] if still else clean, states, first_given)
+        loss, error = loss_of(model, clean[:, :, :1] if still else clean, states, first_given)
         for optimizer in (muon, adamw):
             optimizer.zero_grad()
         loss.backward()
@@ -185,7 +201,7 @@ def main(folder: Path) -> None:
         for part in (muon, adamw, *schedules):
             part.step()
         average.update_parameters(model)
-        run.log(**{"still" if still else "image" if first_given else "text": loss.item()})
+        run.log(**{"still" if still else "image" if first_given else "text": error.item()})
     average.module.save_pretrained(folder / "transformer")
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,15 @@ def warm_and_decay(step: int, total: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def in_phase(step: int, phases: Sequence[tuple[float, ...]]) -> tuple[int, tuple[float, ...]]:
+    """The step within its phase, and that phase: its number of steps, then whatever the stage says of it."""
+    for phase in phases[:-1]:
+        if step < phase[0]:
+            return step, phase
+        step -= int(phase[0])
+    return step, phases[-1]
 
 
 class Run:

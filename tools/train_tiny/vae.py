@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from tools.train_tiny.training import DEVICE, FOLDER, Run, autocast, averaged, warm_and_decay
+from tools.train_tiny.training import DEVICE, FOLDER, Run, autocast, averaged, in_phase, warm_and_decay
 from tools.train_tiny.world import FRAMES, SIDE, draw_many, render
 from wan_fast.tasks import VAES
 
@@ -60,12 +60,6 @@ def batch(step: int) -> Tensor:
 
     corners = [(corner(c.start[0], c.end[0]), corner(c.start[1] - c.hop / 2, c.end[1] - c.hop / 2)) for c in clips]
     return render(clips, range(first, first + frames), corners, side, DEVICE).contiguous(memory_format=LAYOUT)
-
-
-def phase(step: int) -> tuple[int, int, float, float]:
-    """The step within its phase, and that phase's steps, peak learning rate and most noise."""
-    first = PHASES[0][0]
-    return (step, *PHASES[0]) if step < first else (step - first, *PHASES[1])
 
 
 def loss_of(vae: AutoencoderKLWan, clips: Tensor, most_noise: float) -> tuple[Tensor, Tensor]:
@@ -140,13 +134,13 @@ def main(folder: Path) -> None:
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=1e-3)
 
     def rate(step: int) -> float:
-        step, total, peak, _ = phase(min(step, STEPS - 1))
+        step, (total, peak, _) = in_phase(step, PHASES)
         return peak * warm_and_decay(step, total, 200)
 
     schedule = LambdaLR(optimizer, rate)
     run = Run(folder / "vae", STEPS, model=vae, average=average, optimizer=optimizer, schedule=schedule)
     for step in run:
-        loss, error = loss_of(vae, batch(step), phase(step)[-1])
+        loss, error = loss_of(vae, batch(step), in_phase(step, PHASES)[1][-1])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

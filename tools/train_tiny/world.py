@@ -35,7 +35,8 @@ BACKGROUNDS = {  # RGB at the top and at the bottom of the frame
 POLYGONS = {"square": (4, math.cos(math.pi / 4)), "triangle": (3, 0.5), "star": (5, 0.42)}
 SHAPES = ("circle", "square", "triangle", "star", "ring")
 MOTIONS = ("left", "right", "up", "down", "bounce", "rotate", "grow")
-SIZES = {"small": (17, 21), "large": (27, 33)}
+SIZES = {"small": 20, "large": 30}  # radius
+MARGIN = 6  # between the shape and the frame where it starts or ends
 
 WORDS = {
     "circle": ("circle", "ball", "disc"),
@@ -91,7 +92,7 @@ class Clip:
     """What a clip shows, in words, and where things are.
 
     `start` and `end`: centre (x, y). `radius`: at the end. `first_radius`: share of it at the start. `hop`: height of
-    each of two bounces. `turn`: angle turned in all. `tint`: added to the colours, RGB 0 .. 255.
+    each of two bounces. `turn`: angle turned in all.
     """
 
     colour: str
@@ -102,11 +103,9 @@ class Clip:
     start: tuple[float, float]
     end: tuple[float, float]
     radius: float
-    angle: float
     first_radius: float = 1.0
     hop: float = 0.0
     turn: float = 0.0
-    tint: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
     def held_out(self) -> bool:
@@ -120,25 +119,21 @@ def draw(rng: random.Random) -> Clip:
     shape, motion, size = rng.choice(SHAPES), rng.choice(MOTIONS), rng.choice(list(SIZES))
     while motion == "rotate" and shape not in POLYGONS:
         motion = rng.choice(MOTIONS)
-    radius = rng.uniform(*((30, 40) if motion == "grow" else SIZES[size]))
-    near, far = radius + rng.uniform(2, 14), SIDE - radius - rng.uniform(2, 14)
-    across = rng.uniform(radius + 4, SIDE - radius - 4)
-    middle = (SIDE / 2 + rng.uniform(-14, 14), SIDE / 2 + rng.uniform(-14, 14))
-    low = SIDE - radius - rng.uniform(3, 10)
+    radius = 36 if motion == "grow" else SIZES[size]
+    near, far = radius + MARGIN, SIDE - radius - MARGIN
+    across = rng.uniform(near, far)
+    middle = (SIDE / 2 + rng.uniform(-12, 12), SIDE / 2 + rng.uniform(-12, 12))
     start, end = {
         "left": ((far, across), (near, across)),
         "right": ((near, across), (far, across)),
         "up": ((across, far), (across, near)),
         "down": ((across, near), (across, far)),
-        "bounce": ((across, low), (across, low)),
+        "bounce": ((across, far), (across, far)),
     }.get(motion, (middle, middle))
     return Clip(
         colour=rng.choice(list(COLOURS)), shape=shape, motion=motion, background=rng.choice(list(BACKGROUNDS)), size=size,
-        start=start, end=end, radius=radius, angle=rng.uniform(-0.15, 0.15),
-        first_radius=0.35 if motion == "grow" else 1.0,
-        hop=rng.uniform(26, 40) if motion == "bounce" else 0.0,
-        turn=math.pi if motion == "rotate" else 0.0,
-        tint=(rng.uniform(-4, 4), rng.uniform(-4, 4), rng.uniform(-4, 4)),
+        start=start, end=end, radius=radius, first_radius=0.35 if motion == "grow" else 1.0,
+        hop=36.0 if motion == "bounce" else 0.0, turn=math.pi if motion == "rotate" else 0.0,
     )  # fmt: skip
 
 
@@ -188,9 +183,8 @@ def render(
     )
     cover = (0.5 - inside).clamp(0, 1)[:, None]  # [N, 1, F, H, W]
 
-    tint = torch.tensor([c.tint for c in clips], device=device)
-    colour = torch.tensor([COLOURS[c.colour] for c in clips], device=device) + tint
-    top, bottom = (torch.tensor([BACKGROUNDS[c.background][i] for c in clips], device=device) + tint for i in (0, 1))
+    colour = torch.tensor([COLOURS[c.colour] for c in clips], device=device)
+    top, bottom = (torch.tensor([BACKGROUNDS[c.background][i] for c in clips], device=device) for i in (0, 1))
     ramp = ((corner_y + pixel) / SIDE)[:, None, None, :, None]  # [N, 1, 1, H, 1]
     ground = top[:, :, None, None, None] * (1 - ramp) + bottom[:, :, None, None, None] * ramp
     image = ground + (colour[:, :, None, None, None] - ground) * cover
@@ -207,7 +201,7 @@ def path(
     y = y - column([c.hop for c in clips]) * (2 * math.pi * time).sin().abs()
     first = column([c.first_radius for c in clips])
     radius = column([c.radius for c in clips]) * (first + (1 - first) * time)
-    return x, y, radius, column([c.angle for c in clips]) + column([c.turn for c in clips]) * time
+    return x, y, radius, column([c.turn for c in clips]) * time
 
 
 def distance(shape: str, dx: Tensor, dy: Tensor, radius: Tensor, angle: Tensor) -> Tensor:
