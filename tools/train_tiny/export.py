@@ -60,7 +60,10 @@ shape and motion in ten was held out of the VAE's and the DiT's training; the nu
 
 **Recipe.** `tools/train_tiny/`: `vae.py`, `text.py`, `dit.py`, `export.py`, `evaluate.py`, in this order. The VAE reconstructs
 crops from noisy latents; the text encoder learns to tell a caption's attributes from each of its tokens; the DiT is trained by
-flow matching, half of the time with the first frame given, with one caption in ten dropped.
+flow matching, half of the time with the first frame given, with one caption in ten dropped. On two CPU cores that took 70
+minutes, 3 and 110; the losses are in `tools/train_tiny/losses/`. As it was run: the VAE, and the first 5,600 of the DiT's 13,200
+steps, saw a world in which sizes, angles, tints, margins and the height of bounces varied; until then the DiT's errors were not
+weighed by the noise, and the VAE's first 3,600 steps were without the edge term.
 
 {measured}
 Apache-2.0, as the project.
