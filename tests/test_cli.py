@@ -197,7 +197,7 @@ def test_run_writes_everything_asked_for(here, capsys):
     outputs = "--save_file ball.mp4 --save-latents l.safetensors --save_frames f.safetensors --stats s.json --quiet"
     assert main(shlex.split(f"{RUN} --size=64x64 --num-frames 5 --sample-steps 2 --base_seed 1 {outputs}")) == 0
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[-1] == "ball.mp4" and "seed 1" in printed.out and "random weights" in printed.out
+    assert printed.out.splitlines()[-1] == "ball.mp4" and "seed 1" in printed.out and "tiny is a toy" in printed.out
     assert printed.err == ""
     assert load_file("l.safetensors")["latents"].shape == (48, 2, 4, 4)
     frames = load_file("f.safetensors")["frames"]
