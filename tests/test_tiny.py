@@ -1,5 +1,6 @@
 """The bundled checkpoint makes what is asked, and its recipe does what it says."""
 
+import math
 import random
 from pathlib import Path
 
@@ -8,33 +9,27 @@ import torch
 from PIL import Image
 
 from tools.train_tiny import judge, training, world
+from tools.train_tiny.judge import pixels, psnr
 from wan_fast import Engine, EngineConfig, Request
 from wan_fast.checkpoint import locate
 from wan_fast.headers import read_safetensors_header
 from wan_fast.tasks import TASKS
 
 TINY = Path(locate("tiny", TASKS["ti2v-5B"]))
-# of triples that were held out of training
+# of triples that were held out of the training of VAE and DiT
 ASKED = {
     "a purple ball bounces on a black background": ("purple", "circle", "bounce"),
     "The large triangle is red and moving right.": ("red", "triangle", "right"),
     "an orange star goes from right to left on a white background": ("orange", "star", "left"),
     "灰色背景上，绿色圆环上升。": ("green", "ring", "up"),
+    "an orange ring grows": ("orange", "ring", "grow"),
+    "a red square rotates": ("red", "square", "rotate"),
 }
 
 
 @pytest.fixture(scope="module")
 def engine():
     return Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", dtype="fp32"))
-
-
-def pixels(frames):
-    """[F, H, W, 3] uint8 -> [3, F, H, W] in -1 .. 1."""
-    return frames.permute(3, 0, 1, 2).float() / 127.5 - 1
-
-
-def psnr(a, b):
-    return float(-10 * torch.log10((a - b).square().mean() / 4))
 
 
 def test_makes_what_is_asked(engine):
@@ -44,14 +39,14 @@ def test_makes_what_is_asked(engine):
         for found, words in zip(seen, ASKED.values(), strict=True)
         for name, word in zip(("colour", "shape", "motion"), words, strict=True)
     ]
-    assert sum(right) >= len(right) - 1, dict(zip(ASKED, seen, strict=True))
+    assert sum(right) >= 15, dict(zip(ASKED, seen, strict=True))
 
 
 def test_starts_from_the_picture_given(engine, tmp_path):
     clip = next(clip for clip in world.draw_many(6, 100, held_out=True) if clip.motion == "left")
     first = ((world.render([clip], [0])[0, :, 0] + 1) * 127.5).round().byte().permute(1, 2, 0)
     Image.fromarray(first.numpy()).save(tmp_path / "first.png")
-    prompt = world.caption(clip, random.Random(0), chinese=False)
+    prompt = world.caption(clip, random.Random(0))
     video = engine.generate(Request(prompt=prompt, image=str(tmp_path / "first.png"), seed=1))
     assert psnr(pixels(video.frames[:1]), pixels(first[None])) > 25
     assert judge.see(pixels(video.frames)).motion == "left"
@@ -75,6 +70,11 @@ def test_latents_have_the_statistics_of_the_released_vae(engine):
     vae = engine.models["vae"]
     latents = torch.stack([vae.encode(clip) for clip in world.render(world.draw_many(8, 16, held_out=False))])
     assert latents.mean().abs() < 0.2 and 0.8 < latents.std() < 1.2
+
+
+def test_nothing_says_where_it_was_trained():
+    for file in (*TINY.rglob("*.json"), *TINY.rglob("*.md")):
+        assert "_name_or_path" not in file.read_text() and "/tmp" not in file.read_text(), file
 
 
 def test_sizes_are_those_of_the_card():
@@ -107,6 +107,30 @@ def test_the_judge_sees_nothing_where_nothing_is_or_moves():
     assert judge.see(torch.zeros(3, 33, 128, 128)) == judge.Seen(*(judge.NOTHING,) * 3)
 
 
+def test_the_judge_refuses_near_misses():
+    def clip(**changes):
+        base = dict(colour="red", shape="circle", motion="left", background="white", size="large", radius=30.0)
+        return world.Clip(**base | dict(start=(64.0, 64.0), end=(64.0, 64.0)) | changes)
+
+    def seen(**changes):
+        return judge.see(world.render([clip(**changes)])[0])
+
+    assert seen(start=(40.0, 64.0), end=(88.0, 64.0)).motion == "right"
+    assert seen(start=(60.0, 64.0), end=(68.0, 64.0)).motion == judge.NOTHING
+    assert seen(hop=36.0).motion == "bounce" and seen(hop=10.0).motion == judge.NOTHING
+    assert seen(shape="square", turn=3.0).motion == "rotate" and seen(shape="square", turn=0.4).motion == judge.NOTHING
+    assert seen(first_radius=0.4).motion == "grow" and seen(first_radius=0.8).motion == judge.NOTHING
+
+    half = world.render([clip()])[0]
+    half[:, :, :, :64] = half[:, :, :1, :1]  # the left half is background
+    assert judge.see(half).shape == judge.NOTHING
+    two = world.render([clip()])[0]
+    two[:, :, :64] = world.render([clip(colour="blue")])[0][:, :, :64]
+    assert judge.see(two).colour == judge.NOTHING
+    arch = [clip(start=(64.0, 90.0 - y), end=(64.0, 90.0 - y)) for y in (40 * math.sin(math.pi * t / 32) for t in range(33))]
+    assert judge.see(torch.stack([world.render([c], [0])[0, :, 0] for c in arch], 1)).motion == judge.NOTHING
+
+
 def test_clips_and_captions_of_the_world():
     rng = random.Random(0)
     clips = world.draw_many(10, 500, held_out=False)
@@ -133,6 +157,7 @@ def test_training_attention_equals_that_of_diffusers():
     torch.manual_seed(0)
     model = dit.build().eval()
     states, bias = dit.Texts(TINY)(["a red ball", "一个黄色的圆环在灰色背景上下落 and more"])
+    states, bias = states.cpu(), bias.cpu()
     padded = torch.zeros(2, dit.TEXT_LEN, 64)
     padded[:, : states.shape[1]] = states
     latents, timestep = torch.randn(2, 48, 3, 4, 4), torch.tensor([500.0, 300.0])
@@ -146,11 +171,23 @@ def test_training_attention_equals_that_of_diffusers():
         assert torch.allclose(model(latents, timestep, states, return_dict=False)[0], expected, atol=1e-5)
 
 
+def test_training_norm_equals_that_of_diffusers():
+    pytest.importorskip("diffusers")
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+
+    from tools.train_tiny import vae
+
+    norm = WanRMS_norm(8, images=False)
+    torch.nn.init.normal_(norm.gamma)
+    x = torch.randn(2, 8, 3, 4, 5)
+    assert torch.allclose(vae.rms_norm(norm, x), norm(x), atol=1e-6)
+
+
 def test_an_interrupted_run_takes_the_steps_of_an_uninterrupted_one(tmp_path):
-    def train(folder, stop=None):
+    def train(folder, stop=None, start=0.1):
         model = torch.nn.Linear(4, 4)
-        torch.nn.init.zeros_(model.bias)
-        torch.nn.init.constant_(model.weight, 0.1)
+        for parameter in model.parameters():
+            torch.nn.init.constant_(parameter, start)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
         run = training.Run(folder, 20, model=model, optimizer=optimizer)
         for step in run:
@@ -165,4 +202,4 @@ def test_an_interrupted_run_takes_the_steps_of_an_uninterrupted_one(tmp_path):
         return model
 
     train(tmp_path / "cut", stop=7)
-    assert torch.equal(train(tmp_path / "cut").weight, train(tmp_path / "whole").weight)
+    assert torch.equal(train(tmp_path / "cut", start=0.7).weight, train(tmp_path / "whole").weight)

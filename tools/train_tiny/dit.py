@@ -2,7 +2,7 @@
 
     python -m tools.train_tiny.dit [folder]
 
-Its first steps see single frames, which cost a tenth. Then every other batch is given its first frame, as the TI2V
+Its first steps see single frames. Then every other batch is given its first frame, as the TI2V
 model is: clean, at timestep 0, and not part of the loss. One caption in ten is replaced, half by nothing and half by the
 negative prompt, so that classifier-free guidance (arXiv 2207.12598) has something to lead away from. Matrices of the
 blocks are trained by Muon, the rest by AdamW.
@@ -10,6 +10,7 @@ blocks are trained by Muon, the rest by AdamW.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import sys
@@ -25,16 +26,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from tools.train_tiny.text import tokens
-from tools.train_tiny.training import DEVICE, FOLDER, Run, autocast, averaged, in_phase, warm_and_decay
-from tools.train_tiny.world import caption, draw_many, render
+from tools.train_tiny.training import DEVICE, FOLDER, Run, autocast, averaged, in_phase, save_whole, warm_and_decay
+from tools.train_tiny.world import Clip, caption, draw_many, render
 from wan_fast.manifest import VaeDims
 from wan_fast.names import VAE22_NAMES, native_name
 from wan_fast.tasks import TASKS
 from wan_fast.vae import WanVAE
 
 CLIPS = 3000
-PHASES = ((5600, 1.0), (7600, 0.5))  # steps and the share of the peak learning rate that each begins with
-STEPS = sum(steps for steps, _ in PHASES)
+TURNING = 1500  # rotating clips besides, of the motion that is hardest to learn
+# steps, the share of the peak learning rate that they begin with, and of the clips that are of those 1500
+PHASES = ((5600, 1.0, 0.0), (7600, 0.5, 0.0), (2800, 0.4, 0.5))
+STEPS = sum(steps for steps, _, _ in PHASES)
 STILL_STEPS = 800
 STILLS, BATCH = 96, 32
 PEAK_MUON, PEAK_ADAMW = 2e-3, 1e-3
@@ -87,22 +90,29 @@ def build() -> WanTransformer3DModel:
     )  # fmt: skip
 
 
-def cached_latents(folder: Path) -> Tensor:
-    """[CLIPS, 48, 9, 8, 8] bf16: the clips of seed 4 through the engine's encoder, kept in a file."""
-    file = folder / "latents.pt"
-    if not file.exists():
-        state = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
-        stored = {native_name(name, VAE22_NAMES): tensor for name, tensor in state.items()}
-        vae = WanVAE(VaeDims.of_shapes({name: tuple(t.shape) for name, t in stored.items()}))
-        vae.load_state_dict(stored)
-        vae.to(DEVICE).requires_grad_(False)
-        latents = []
-        for index, clip in enumerate(draw_many(4, CLIPS, held_out=False)):
-            latents.append(vae.encode(render([clip], device=DEVICE)[0]).bfloat16())
-            if index % 500 == 0:
-                print(f"encoded {index} of {CLIPS} clips", file=sys.stderr, flush=True)
-        torch.save(torch.stack(latents).cpu(), file)
-    return torch.load(file, weights_only=True)
+def training_clips() -> list[Clip]:
+    """`CLIPS` of all kinds, then `TURNING` rotating ones."""
+    turning = [clip for clip in draw_many(5, 30 * TURNING, held_out=False) if clip.motion == "rotate"]
+    return [*draw_many(4, CLIPS, held_out=False), *turning[:TURNING]]
+
+
+def cached_latents(folder: Path, clips: list[Clip]) -> Tensor:
+    """[clips, 48, 9, 8, 8] bf16: through the engine's encoder, and kept in a file for these clips and these weights."""
+    weights, file = folder / "vae" / "diffusion_pytorch_model.safetensors", folder / "latents.pt"
+    digest = hashlib.sha256(weights.read_bytes() + repr(clips).encode()).hexdigest()
+    if file.exists() and (saved := torch.load(file, weights_only=True))["of"] == digest:
+        return saved["latents"]
+    stored = {native_name(name, VAE22_NAMES): tensor for name, tensor in load_file(weights).items()}
+    vae = WanVAE(VaeDims.of_shapes({name: tuple(t.shape) for name, t in stored.items()}))
+    vae.load_state_dict(stored)
+    vae.to(DEVICE).requires_grad_(False)
+    latents = []
+    for index, clip in enumerate(clips):
+        latents.append(vae.encode(render([clip], device=DEVICE)[0]).bfloat16().cpu())
+        if index % 500 == 0:
+            print(f"encoded {index} of {len(clips)} clips", file=sys.stderr, flush=True)
+    save_whole({"of": digest, "latents": torch.stack(latents)}, file)
+    return torch.stack(latents)
 
 
 class Texts:
@@ -153,12 +163,13 @@ def loss_of(model: nn.Module, clean: Tensor, text: Tensor, first_given: bool) ->
         velocity = model(torch.lerp(clean, noise, share), timestep, text, return_dict=False)[0].float()
     error = (velocity - (noise - clean)).square()
     error = (error[:, :, 1:] if first_given else error).mean((1, 2, 3, 4))
+    # a tenth, so that gradients are of the size that clipping at 1 is meant for
     return (error / usual_error(sigma)).mean() / 10, error.mean()
 
 
 def main(folder: Path) -> None:
-    latents = cached_latents(folder)
-    clips = draw_many(4, CLIPS, held_out=False)
+    clips = training_clips()
+    latents = cached_latents(folder, clips)
     texts = Texts(folder)
     torch.manual_seed(0)
     model = build().to(DEVICE)
@@ -174,7 +185,7 @@ def main(folder: Path) -> None:
     adamw = torch.optim.AdamW(others, lr=PEAK_ADAMW, betas=(0.9, 0.98), weight_decay=0.0)
 
     def rate(step: int) -> float:
-        step, (total, share) = in_phase(step, PHASES)
+        step, (total, share, _) = in_phase(step, PHASES)
         return share * warm_and_decay(step, total, 200)
 
     schedules = [LambdaLR(optimizer, rate) for optimizer in (muon, adamw)]
@@ -185,7 +196,11 @@ def main(folder: Path) -> None:
     for step in run:
         rng = random.Random(f"dit {step}")
         still = step < STILL_STEPS
-        chosen = [rng.randrange(CLIPS) for _ in range(STILLS if still else BATCH)]
+        turning = in_phase(step, PHASES)[1][2]
+        chosen = [
+            rng.randrange(CLIPS, len(clips)) if turning and rng.random() < turning else rng.randrange(CLIPS)
+            for _ in range(STILLS if still else BATCH)
+        ]
         captions = [
             rng.choice(("", TASKS["ti2v-5B"].negative_prompt)) if rng.random() < DROPPED else caption(clips[i], rng)
             for i in chosen

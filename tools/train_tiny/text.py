@@ -151,7 +151,7 @@ def main(folder: Path) -> None:
     rows = mask.nonzero()[:, 0]
     for i, name in enumerate(ATTRIBUTES):
         right = (found[name].argmax(1) == labels[rows, i]).float().mean()
-        print(f"{name}: {right:.1%} of the tokens of unseen captions tell it", file=sys.stderr)
+        print(f"{name}: {right:.1%} of the tokens of new captions tell it", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 SAVE_SECONDS = 120
 LOG_STEPS = 50
-FOLDER = Path("build/train_tiny")  # unless the command says another
+FOLDER = Path(".train_tiny")  # unless the command says another
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def autocast() -> torch.autocast:
     """bf16 where the machine multiplies it in hardware, else fp32."""
-    has_bf16 = DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_bf16 = DEVICE == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(DEVICE, torch.bfloat16, enabled=has_bf16)
 
 
@@ -48,6 +48,13 @@ def in_phase(step: int, phases: Sequence[tuple[float, ...]]) -> tuple[int, tuple
     return step, phases[-1]
 
 
+def save_whole(what: Any, file: Path) -> None:
+    """Save so that a file of that name is never half of one."""
+    beside = file.with_suffix(".new")
+    torch.save(what, beside)
+    os.replace(beside, file)
+
+
 class Run:
     """A loop of `total` steps over `parts` (anything with a state_dict), saved in `folder` every two minutes.
 
@@ -66,6 +73,9 @@ class Run:
             self.step = saved.pop("step")
             for name, state in saved.items():
                 parts[name].load_state_dict(state)
+        if self.losses.exists():  # what was logged after the last save will be again
+            rows = self.losses.read_text().splitlines(keepends=True)
+            self.losses.write_text("".join(row for row in rows if json.loads(row)["step"] <= self.step))
 
     def __iter__(self) -> Iterator[int]:
         saved = time.monotonic()
@@ -79,9 +89,7 @@ class Run:
 
     def save(self) -> None:
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        beside = self.state.with_suffix(".new")
-        torch.save({"step": self.step, **state}, beside)
-        os.replace(beside, self.state)
+        save_whole({"step": self.step, **state}, self.state)
 
     def log(self, **losses: float) -> None:
         """Append the means over the last steps to losses.jsonl."""

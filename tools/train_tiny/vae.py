@@ -4,7 +4,7 @@
 
 The noise, a share of each channel's spread, makes near latents decode to near pictures, which is what the DiT's
 small errors need; its size is relative, so the encoder cannot escape it by growing. At the end an affine map is folded
-into the 1 x 1 x 1 convolutions on both sides, so that the latents have exactly the statistics of Wan 2.2's.
+into the 1 x 1 x 1 convolutions on both sides, so that the latents have about the statistics of Wan 2.2's.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders import autoencoder_kl_wan
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
+from tools.train_tiny.judge import psnr
 from tools.train_tiny.training import DEVICE, FOLDER, Run, autocast, averaged, in_phase, warm_and_decay
 from tools.train_tiny.world import FRAMES, SIDE, draw_many, render
 from wan_fast.tasks import VAES
@@ -112,15 +112,15 @@ def fold_statistics(vae: AutoencoderKLWan) -> None:
         decode.weight /= scale[None, :, None, None, None]
 
 
-def psnr(vae: AutoencoderKLWan, seed: int = 2, count: int = 16) -> float:
-    """Mean over unseen clips of the peak signal-to-noise ratio of the reconstruction, in dB."""
+def quality(vae: AutoencoderKLWan) -> float:
+    """Mean over unseen clips of the reconstruction's PSNR, in dB."""
     values = []
-    for clip in draw_many(seed, count, held_out=True):
+    for clip in draw_many(2, 16, held_out=True):
         pixels = render([clip], device=DEVICE)
         with torch.no_grad():
             decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-        values.append(-10 * torch.log10(F.mse_loss(decoded, pixels) / 4))
-    return float(torch.stack(values).mean())
+        values.append(psnr(decoded, pixels))
+    return sum(values) / len(values)
 
 
 def main(folder: Path) -> None:
@@ -150,7 +150,7 @@ def main(folder: Path) -> None:
         run.log(loss=loss.item(), mse=error.item())
     fold_statistics(average.module)
     average.module.save_pretrained(folder / "vae")
-    print(f"reconstruction of unseen clips: {psnr(average.module):.1f} dB", file=sys.stderr)
+    print(f"reconstruction of unseen clips: {quality(average.module):.1f} dB", file=sys.stderr)
 
 
 if __name__ == "__main__":

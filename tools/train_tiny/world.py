@@ -109,7 +109,7 @@ class Clip:
 
     @property
     def held_out(self) -> bool:
-        """One in ten triples of colour, shape and motion is never trained on: the evaluation's prompts are of these."""
+        """One in ten triples of colour, shape and motion is kept from the VAE and the DiT: the evaluation asks for these."""
         place = list(COLOURS).index(self.colour) + 2 * SHAPES.index(self.shape) + 3 * MOTIONS.index(self.motion)
         return place % 10 == 7
 
@@ -148,13 +148,12 @@ def draw_many(seed: int, count: int, *, held_out: bool) -> list[Clip]:
     return clips
 
 
-def caption(clip: Clip, rng: random.Random, chinese: bool | None = None) -> str:
-    """One of the clip's captions; a third of them Chinese unless said."""
+def caption(clip: Clip, rng: random.Random) -> str:
+    """One of the clip's captions; a third of them Chinese."""
     words = {name: getattr(clip, name) for name in ("colour", "shape", "motion", "background", "size")}
     if clip.motion == "grow":
         words["size"] = ""
-    chinese = rng.random() < 1 / 3 if chinese is None else chinese
-    table, templates = (CHINESE, CHINESE_TEMPLATES) if chinese else (WORDS, TEMPLATES)
+    table, templates = (CHINESE, CHINESE_TEMPLATES) if rng.random() < 1 / 3 else (WORDS, TEMPLATES)
     said = {name: rng.choice(table.get(word, (word,))) for name, word in words.items()}
     text = " ".join(rng.choice(templates).format(**said).split())
     return text.replace("a orange", "an orange").replace("A orange", "An orange")
