@@ -57,14 +57,21 @@ def steps(device: torch.device, patterns: Sequence[str] = ()) -> dict[str, Calla
     if patterns and not cases:
         raise ValueError(f"the cases {' '.join(patterns)} do not run on {device.type}; take --device {cases_on[0].device}")
     todo: dict[str, Callable[[Results], None]] = {"roofs": partial(find_roofs, device)}
-    if device.type == "cuda" and not patterns:
+    everything = device.type == "cuda" and not patterns
+    kernels = [case for case in cases if case.group == "kernel"]
+    if everything:
         todo["accuracy"] = partial(check_kernels, device)
-    todo |= {case.name: partial(run_case, case, device) for case in cases if case.group == "kernel"}
-    if device.type == "cuda" and not patterns:
+    # in bf16, as they run on a GPU; in fp32 they are measured where time is left
+    todo |= {case.name: partial(run_case, case, device) for case in kernels if case.name.endswith("bf16")}
+    if everything:
+        todo["shares/ti2v-5B/1280x704x121/bf16"] = partial(find_shares, device)
+    todo |= {case.name: partial(run_case, case, device) for case in cases if case.group == "dit"}
+    if everything:
         tiles = [case for case in REAL_CASES if case.op in tunable()]
         todo |= {f"tiles/{case.op}/{case.id}": partial(find_tiles, case, device) for case in tiles}
-    todo |= {case.name: partial(run_case, case, device) for case in cases if case.group != "kernel"}
-    if device.type == "cuda" and not patterns:
+    todo |= {case.name: partial(run_case, case, device) for case in cases if case not in kernels}
+    todo |= {case.name: partial(run_case, case, device) for case in kernels}
+    if everything:
         todo["sanitizer"] = sanitize
     return todo
 
@@ -102,7 +109,7 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
     deterministic mode torch.empty gives NaN, or the largest integer.
     """
     import torch
-    from kernel_cases import CASES, REAL_CASES, arguments, in_fp64
+    from kernel_cases import CASES, REAL_CASES, arguments, in_fp64, run
     from numerics import assert_as_accurate
 
     from bench.results import line
@@ -112,7 +119,7 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
     wrong = 0
     for case, dtype in product((*CASES, *(REAL_CASES if real else ())), (torch.float32, torch.bfloat16)):
         args, kernel = arguments(case, dtype, device), KERNELS[case.op]
-        exact, expected = kernel.reference(*in_fp64(args)), kernel.reference(*args)
+        exact, expected = run(kernel, kernel.reference, in_fp64(args)), run(kernel, kernel.reference, args)
         ways = {backend(device, case.op): nullcontext()}
         if "cuda" in ways:
             ways["triton"] = without_extension(case.op)
@@ -121,7 +128,8 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
             torch.use_deterministic_algorithms(True, warn_only=True)
             try:
                 with chosen:
-                    assert_as_accurate(kernel.launch(*args), exact, expected)
+                    for result in zip(run(kernel, kernel.launch, args), exact, expected, strict=True):
+                        assert_as_accurate(*result)
             except Exception as error:  # one that does not compile breaks it too, and the others are still to be checked
                 finding, wrong = f"BROKEN: {type(error).__name__}: {line(error)}", wrong + 1
             finally:
@@ -131,6 +139,21 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
     if wrong and results:
         raise AssertionError(f"{wrong} kernel cases break the accuracy rule: see the section accuracy")
     return wrong
+
+
+def find_shares(device: torch.device, results: Results) -> None:
+    """What a forward of the largest video of TI2V-5B is made of."""
+    import torch
+
+    from bench.networks import shares
+    from bench.operations import latent_shape
+    from wan_fast.manifest import DiTDims
+    from wan_fast.tasks import TASKS
+
+    found = shares(DiTDims.of_task(TASKS["ti2v-5B"]), latent_shape("ti2v-5B", 1280, 704, 121), torch.bfloat16, device)
+    outside = 1 - found.get("matrix product", 0.0) - found.get("attention", 0.0)
+    said = ", ".join(f"{kind} {share:.1%}" for kind, share in found.items())
+    results.put("notes", "shares ti2v-5B 1280x704x121", f"{outside:.1%} outside matrix products and attention: {said}")
 
 
 def find_tiles(case: Any, device: torch.device, results: Results) -> None:

@@ -14,19 +14,25 @@ import torch
 from models import official_grid
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from bench.official import Habits, official_step
 from bench.operations import latent_shape
 from bench.registry import OURS, Case, NotHere, Work
 from bench.timer import graph
 from wan_fast import manifest
+from wan_fast.attention import Attention, choose, first_that_runs, sdpa
 from wan_fast.checkpoint import locate, open_checkpoint
 from wan_fast.config import EngineConfig, Request
+from wan_fast.counting import kind_of
 from wan_fast.dit import WanDiT, grid_of
+from wan_fast.kernels import only_reference
 from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
 from wan_fast.names import DIT_NAMES, VAE21_NAMES, VAE22_NAMES, Rules, native_name
 from wan_fast.planning import DECODE_CHUNKS
+from wan_fast.profiling import busy
 from wan_fast.sampler import denoise
+from wan_fast.solver import Solver
 from wan_fast.steps import Step, step_plan
 from wan_fast.tasks import TASKS, VAES
 from wan_fast.vae import WanVAE
@@ -66,10 +72,19 @@ def give_weights(theirs: nn.Module, ours: nn.Module, names: Rules, convert: Call
 # --- DiT ----------------------------------------------------------------------------------------------------------------
 
 
+def attention_for(dims: DiTDims, dtype: torch.dtype, device: torch.device) -> Attention:
+    """What the engine would take with --attention auto."""
+    if device.type != "cuda":
+        return sdpa
+    rows = choose("auto", torch.cuda.get_device_capability(device), "bf16" if dtype == BF16 else "fp32")
+    return first_that_runs(rows, device, dtype, dims.num_heads, dims.head_dim)[1]
+
+
 def make_dit(dims: DiTDims, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Our model and the inputs of a forward."""
+    attention = attention_for(dims, dtype, device)
     model = random_model(
-        lambda: WanDiT(dims), manifest.dit_shapes(dims), device, lambda name: FP32 if stays_fp32(name) else dtype
+        lambda: WanDiT(dims, attention), manifest.dit_shapes(dims), device, lambda name: FP32 if stays_fp32(name) else dtype
     )
     text = torch.randn(1, dims.text_len, dims.text_dim, device=device)
     x = torch.randn(1, *shape, device=device)
@@ -136,9 +151,20 @@ def dit(
             raise NotHere("torch.compile is timed on a GPU only")
         return torch.compile(diffusers_dit(parts, dims, dtype), dynamic=False)
 
+    def reference() -> Callable[[], Tensor]:
+        if device.type == "cpu":
+            raise NotHere("what runs without a GPU anyway")
+
+        def call() -> Tensor:
+            with only_reference():
+                return ours()
+
+        return call
+
     official = partial(official_step, model, x, t[:, None], [text[0]], context, Habits(modulation_per_token=version == "2.2"))
     rivals = {
         f"{OURS}, graphed": graphed,
+        f"{OURS}, --kernels reference": reference,
         "official recipe": lambda: official,
         "diffusers": lambda: diffusers_dit(parts, dims, dtype),
         "diffusers, SDPA cuDNN": cudnn,
@@ -147,9 +173,27 @@ def dit(
         arms={OURS: lambda: ours, **({"diffusers, compiled": theirs_compiled} if compiled else rivals)},
         rate="bf16" if dtype == BF16 else "fp32",
         tolerance=1e-4 if dtype == FP32 else 5e-2,
-        flops=manifest.dit_flops(dims, context.rotation.shape[0]),
+        flops=manifest.dit_flops(dims, prod(context.grid)),
         bytes=sum(w.nbytes for w in model.state_dict().values()) + 2 * x.nbytes,
     )
+
+
+def shares(dims: DiTDims, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Class of kernel -> its share of the time that the device is busy in one forward."""
+    parts = make_dit(dims, shape, dtype, device)
+    forward = partial(parts["model"], parts["x"], parts["t"][:, None], parts["context"])
+    on_gpu = device.type == "cuda"
+    with torch.inference_mode():
+        forward()
+        _now(device)
+        with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+            forward()
+            _now(device)
+    spent: dict[str, float] = {}
+    for event, microseconds in busy(profiler.events() or [], on_gpu):
+        spent[kind_of(event.name)] = spent.get(kind_of(event.name), 0.0) + microseconds
+    whole = sum(spent.values())
+    return {kind: part / whole for kind, part in sorted(spent.items(), key=lambda item: -item[1])}
 
 
 def recipe(dims: DiTDims, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:
@@ -173,7 +217,7 @@ def recipe(dims: DiTDims, shape: tuple[int, ...], dtype: torch.dtype, device: to
         },
         rate="bf16" if dtype == BF16 else "fp32",
         tolerance=1e-4 if dtype == FP32 else 5e-2,
-        flops=manifest.dit_flops(dims, context.rotation.shape[0]),
+        flops=manifest.dit_flops(dims, prod(context.grid)),
         bytes=sum(w.nbytes for w in model.state_dict().values()) + 2 * x.nbytes,
     )
 
@@ -192,11 +236,17 @@ def denoising(task: str, video: tuple[int, int, int], num_steps: int, device: to
         return parts["model"](latents[None], timesteps[step.index], contexts[branch])[0]
 
     dims = parts["model"].dims
+
+    def ours() -> Tensor:
+        solver = Solver(steps, noise)
+        denoise(steps, solver.latents, velocity, solver)
+        return solver.latents
+
     return Work(
-        arms={OURS: lambda: lambda: denoise(steps, noise, velocity)},
+        arms={OURS: lambda: ours},
         rate="bf16",
         tolerance=None,
-        flops=2 * len(steps) * manifest.dit_flops(dims, parts["context"].rotation.shape[0]),
+        flops=2 * len(steps) * manifest.dit_flops(dims, prod(parts["context"].grid)),
     )
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wan_fast.dit import Block, Context, KeysValues, SelfAttention, WanDiT, grid_of, rotation_table, sinusoid, unpatchify
+from wan_fast.dit import Block, Context, CrossAttention, Grid, KeysValues, SelfAttention, WanDiT, grid_of, sinusoid
+from wan_fast.kernels import unpatchify
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,9 @@ def official_step(
     grid = grid_of(latents.shape)
     if habits.text_every_step:
         context = model.prepare(text, grid)
-    rotation = context.rotation
-    if habits.rotation_in_fp64:
-        rotation = rotation_table(grid, model.dims.head_dim, latents.device).to(torch.complex128)
+    rotation = rotation_table(grid, model.dims.head_dim, latents.device)
+    if not habits.rotation_in_fp64:
+        rotation = rotation.to(torch.complex64)
     x = model.embed(latents)
     if habits.modulation_per_token:
         timestep = timestep.expand(-1, x.shape[1])
@@ -56,17 +57,18 @@ def official_step(
     for block, keys_values in zip(model.blocks, context.keys_values, strict=True):
         x = _block(block, x, modulation, rotation, keys_values)
     shift, scale = (model.head.modulation + time[:, :, None]).unbind(2)
-    return unpatchify(model.head.head(_modulate(x, shift, scale, model.dims.eps)), grid)
+    return unpatchify(model.head.head(_modulate(x, shift, scale, model.dims.eps)), latents.shape[2:])
 
 
 def _block(block: Block, x: Tensor, modulation: Tensor, rotation: Tensor, keys_values: KeysValues) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + modulation).unbind(2)
-    dtype = block.self_attn.q.weight.dtype
+    dtype = block.self_attn.qkv.weight.dtype
     y = _modulate(x, shift1, scale1, block.eps).to(dtype)
     x = x + _self_attention(block.self_attn, y, rotation) * gate1
-    x = x + block.cross_attn(block.norm3(x).to(dtype), keys_values)
+    x = x + _cross_attention(block.cross_attn, block.norm3(x).to(dtype), keys_values)
     y = _modulate(x, shift2, scale2, block.eps).to(dtype)
-    return x + block.ffn(y) * gate2
+    up, gelu, down = block.ffn
+    return x + down(gelu(up(y))) * gate2
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -74,9 +76,32 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def _self_attention(layer: SelfAttention, x: Tensor, rotation: Tensor) -> Tensor:
-    q = _turn(layer.norm_q(layer.q(x)).unflatten(-1, layer.heads), rotation).to(x.dtype)
-    k = _turn(layer.norm_k(layer.k(x)).unflatten(-1, layer.heads), rotation).to(x.dtype)
-    return layer.o(layer.attention(q, k, layer.v(x).unflatten(-1, layer.heads)).flatten(2))
+    q, k, v = (F.linear(x, *part) for part in zip(layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3), strict=True))
+    weight_q, weight_k = layer.norm_qk.chunk(2)
+    q = _turn(_rms_norm(q, weight_q, layer.eps).unflatten(-1, layer.heads), rotation).to(x.dtype)
+    k = _turn(_rms_norm(k, weight_k, layer.eps).unflatten(-1, layer.heads), rotation).to(x.dtype)
+    return layer.o(layer.attention(q, k, v.unflatten(-1, layer.heads)).flatten(2))
+
+
+def _cross_attention(layer: CrossAttention, x: Tensor, keys_values: KeysValues) -> Tensor:
+    q = _rms_norm(layer.q(x), layer.norm_q.weight, layer.norm_q.eps).to(x.dtype).unflatten(-1, layer.heads)
+    return layer.o(layer.attention(q, *keys_values).flatten(2))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype) * weight
+
+
+def rotation_table(grid: Grid, head_dim: int, device: torch.device) -> Tensor:
+    """[L, K/2] complex128, one unit vector per token and pair of channels."""
+    axis = 2 * (head_dim // 6)
+    places = torch.meshgrid(*(torch.arange(size, dtype=torch.float64, device=device) for size in grid), indexing="ij")
+    angles = [
+        place.flatten()[:, None] * 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+        for place, width in zip(places, (head_dim - 2 * axis, axis, axis), strict=True)
+    ]
+    angle = torch.cat(angles, dim=1)
+    return torch.polar(torch.ones_like(angle), angle)
 
 
 def _turn(x: Tensor, rotation: Tensor) -> Tensor:

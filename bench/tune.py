@@ -12,10 +12,11 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from kernel_cases import REAL_CASES, RealCase, arguments, in_fp64
+from kernel_cases import REAL_CASES, RealCase, arguments, in_fp64, run
 from numerics import assert_as_accurate
 
 from bench.results import line
@@ -41,17 +42,18 @@ def sweep(case: RealCase, dtype: torch.dtype, device: torch.device, *, budget: f
     """
     kernel, module = KERNELS[case.op], _module(case.op)
     args = arguments(case, dtype, device)
-    expected, exact = kernel.reference(*args), kernel.reference(*in_fp64(args))
+    expected, exact = run(kernel, kernel.reference, args), run(kernel, kernel.reference, in_fp64(args))
     seen: list[Tiles] = []
     with _recorded(module, seen):
         kernel.launch(*args)
     current = seen[0]
     calls, refused = {}, {}
     for tiles in (current, *(tiles for tiles in module._CANDIDATES if tiles != current)):
-        call = _with_tiles(module, kernel.launch, tiles, args)
+        call = _with_tiles(module, kernel.launch, tiles)
         try:
-            assert_as_accurate(call(), exact, expected)
-            calls[_name(tiles)] = call
+            for result in zip(run(kernel, call, args), exact, expected, strict=True):
+                assert_as_accurate(*result)
+            calls[_name(tiles)] = partial(call, *args)
         except Exception as error:  # too much shared memory, or a compiler's refusal: Triton has no common type for them
             refused[_name(tiles)] = f"{type(error).__name__}: {line(error)}"
     if _name(current) in refused:
@@ -66,8 +68,8 @@ def sweep(case: RealCase, dtype: torch.dtype, device: torch.device, *, budget: f
     }
 
 
-def _with_tiles(module: Any, launch: Any, tiles: Tiles, args: tuple[Any, ...]) -> Any:
-    def call() -> Any:
+def _with_tiles(module: Any, launch: Any, tiles: Tiles) -> Any:
+    def call(*args: Any) -> Any:
         with replaced(module, _config=lambda *_: tiles, cuda_extension=lambda _: None):
             return launch(*args)
 

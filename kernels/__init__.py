@@ -3,7 +3,27 @@
 # With the repository root on sys.path this folder also answers to `import kernels`, which transformers tries in search
 # of another package of that name: then it stays empty, as operators must not be registered twice.
 if __name__ == "wan_fast.kernels":
-    from ._op import KERNELS, backend, why_no_extension
+    from ._op import KERNELS, backend, only_reference, why_no_extension
+    from .adaln import adaln_modulate
     from .frames_to_uint8 import frames_to_uint8
+    from .gated_residual import gated_residual_adaln
+    from .gelu_tanh import gelu_tanh
+    from .guidance_step import guidance_step
+    from .patchify import patchify, unpatchify
+    from .qk_norm_rope import qk_norm_rope, rope_table
 
-    __all__ = ["KERNELS", "backend", "frames_to_uint8", "why_no_extension"]
+    __all__ = [
+        "KERNELS",
+        "adaln_modulate",
+        "backend",
+        "frames_to_uint8",
+        "gated_residual_adaln",
+        "gelu_tanh",
+        "guidance_step",
+        "only_reference",
+        "patchify",
+        "qk_norm_rope",
+        "rope_table",
+        "unpatchify",
+        "why_no_extension",
+    ]

@@ -1,14 +1,17 @@
 """Registration of wan_fast operators with the PyTorch dispatcher.
 
 The dispatcher alone decides between kernel and reference: CUDA tensors reach the launcher, CPU tensors the reference,
-meta and fake tensors the shape function. An operator that also exists in CUDA C++ asks `cuda_extension`, here, whether
-the compiled module can run on the tensor's device; where it cannot, the Triton kernel runs.
+meta and fake tensors the shape function; within `only_reference` CUDA tensors reach the reference too. An operator that
+also exists in CUDA C++ asks `cuda_extension`, here, whether the compiled module can run on the tensor's device; where it
+cannot, the Triton kernel runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache, wraps
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -25,9 +28,31 @@ class Kernel(NamedTuple):
     launch: Callable[..., Any]
     reference: Callable[..., Any]
     has_cuda: bool
+    mutates: tuple[str, ...] = ()
 
 
 KERNELS: dict[str, Kernel] = {}
+_only_reference = ContextVar("only_reference", default=False)
+
+
+@contextmanager
+def only_reference(asked: bool = True) -> Iterator[None]:
+    """Operators called within run their reference on every device, if that is asked for."""
+    token = _only_reference.set(asked)
+    try:
+        yield
+    finally:
+        _only_reference.reset(token)
+
+
+def launch_or_reference(launch: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """What the dispatcher calls for CUDA tensors."""
+
+    @wraps(launch)
+    def body(*args: Any) -> Any:
+        return (reference if _only_reference.get() else launch)(*args)
+
+    return body
 
 
 def register(
@@ -58,10 +83,10 @@ def register(
         raise TypeError(f"{name}: launch and reference have different signatures")
     _LIBRARY.define(name + schema, tags=(torch.Tag.needs_exact_strides,))
     _LIBRARY.impl(name, reference, "CPU")
-    _LIBRARY.impl(name, launch, "CUDA")
+    _LIBRARY.impl(name, launch_or_reference(launch, reference), "CUDA")
     torch.library.register_fake(f"wan_fast::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.wan_fast, name).default
-    KERNELS[name] = Kernel(name, op, launch, reference, has_cuda)
+    KERNELS[name] = Kernel(name, op, launch, reference, has_cuda, mutates)
     return op
 
 

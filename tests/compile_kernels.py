@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from wan_fast.kernels import KERNELS
 
 # "        /*00a0*/              @P1 IADD3.X R11, ..." -> IADD3
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
+# loads and stores of global memory: " LDG.E.EF.128.CONSTANT R4, ..." -> LDG, 128; without a width it is 32, or less
+ACCESS = re.compile(r"\b(LDG|STG)\.([\w.]+)")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -64,16 +67,28 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
+@cache
 def usage(kernel: Any) -> dict[str, Any]:
-    """Registers, stack and local bytes per thread, shared bytes per block, and how often each instruction occurs."""
+    """Registers, stack and local bytes per thread, shared bytes and warps per block, how often each instruction occurs, and
+    how often loads and stores of each width in bits: {"LDG": {128: 4}}."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         resources = tool("cuobjdump", "-res-usage", file.name)
         listing = tool("nvdisasm", file.name)
     numbers = {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)}
-    instructions = Counter(INSTRUCTION.findall(listing))
-    return {"kernel": kernel.metadata.name, "shared": kernel.metadata.shared, **numbers, "sass": instructions}
+    widths: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
+    for access, suffixes in ACCESS.findall(listing):
+        width = re.search(r"\b(?:U|S)?(8|16|64|128|256)\b", suffixes.replace(".", " "))
+        widths[access][int(width[1]) if width else 32] += 1
+    return {
+        "kernel": kernel.metadata.name,
+        "shared": kernel.metadata.shared,
+        "warps": kernel.metadata.num_warps,
+        **numbers,
+        "sass": Counter(INSTRUCTION.findall(listing)),
+        "widths": widths,
+    }
 
 
 def main(capabilities: list[int]) -> None:
@@ -85,7 +100,7 @@ def main(capabilities: list[int]) -> None:
         compiled.clear()
         KERNELS[case.op].launch(*case.inputs(dtype))
         name = f"{case.op}-{case.id}-{str(dtype).removeprefix('torch.')} on sm_{capability}"
-        facts = {"case": name, "capability": capability, "budget": case.registers}
+        facts = {"case": name, "capability": capability, "budget": case.registers, "narrow": case.narrow}
         rows += [facts | usage(kernel) for kernel in compiled]
     json.dump(rows, sys.stdout)
 

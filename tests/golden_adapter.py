@@ -13,7 +13,7 @@ from wan_fast.config import EngineConfig, Request
 from wan_fast.dit import WanDiT, grid_of
 from wan_fast.encoders import TextEncoder, Tokenizer
 from wan_fast.engine import Engine, load_model
-from wan_fast.sampler import Solver
+from wan_fast.solver import Solver
 from wan_fast.steps import Step, sigma_grid, solver_rows
 from wan_fast.vae import WanVAE
 
@@ -96,24 +96,30 @@ class Scheduler:
         else:
             sigmas, self.timesteps = GRIDS[solver](steps, shift)
         self.sigmas = torch.tensor(sigmas, dtype=torch.float64).float()
-        self._rows = iter(solver_rows(name, sigmas))
-        self._solver, self._index = Solver(), 0
+        self._steps = [
+            Step(
+                index=index,
+                total=len(self.timesteps),
+                timestep=float(self.timesteps[index]),
+                sigma=float(self.sigmas[index]),
+                next_sigma=float(self.sigmas[index + 1]),
+                expert="model",
+                guidance_scale=1.0,
+                corrector=corrector,
+                predictor=predictor,
+            )
+            for index, (corrector, predictor) in enumerate(solver_rows(name, sigmas))
+        ]
+        self._solver, self._index = None, 0
 
     def step(self, v, t, x):
-        corrector, predictor = next(self._rows)
-        row = Step(
-            index=self._index,
-            total=len(self.timesteps),
-            timestep=float(t),
-            sigma=float(self.sigmas[self._index]),
-            next_sigma=float(self.sigmas[self._index + 1]),
-            expert="model",
-            guidance_scale=1.0,
-            corrector=corrector,
-            predictor=predictor,
-        )
+        latents, velocity = (tensor.reshape(1, 1, 1, -1) for tensor in (x, v))
+        if self._solver is None:
+            self._solver = Solver(self._steps, latents)
+        self._solver.latents.copy_(latents)
+        self._solver(self._steps[self._index], velocity, None)
         self._index += 1
-        return self._solver.step(row, x, v)
+        return self._solver.latents.reshape(x.shape).clone()
 
 
 def shifted(shift, sigma):

@@ -6,12 +6,17 @@ per program. `REAL_CASES` holds the shapes of real videos, as meta tensors: they
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from wan_fast import kernels
+from wan_fast.kernels._op import Kernel
 
 Inputs = Callable[[torch.dtype], tuple[Any, ...]]
 
@@ -25,12 +30,14 @@ class Case(NamedTuple):
 
 
 class RealCase(NamedTuple):
-    """One real shape, and the registers per thread that every kernel launched for it may use at most."""
+    """One real shape, and what every kernel launched for it may use at most: registers per thread, and loads narrower than
+    128 bits, among which there is no store; None where the layout allows no others."""
 
     op: str
     id: str
     inputs: Inputs
     registers: int
+    narrow: int | None = None
 
 
 def _frames(F: int, H: int, W: int, margin: int = 0) -> Callable[[torch.dtype], Tensor]:
@@ -67,6 +74,145 @@ def _frames_to_uint8_cases() -> list[Case]:
     return cases
 
 
+def _randn(*shape: int, seed: int = 0, mean: float = 0.0) -> Tensor:
+    """Normal values, a few of them fifty times as large."""
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    values = torch.randn(shape, generator=generator)
+    values[torch.rand(shape, generator=generator) < 0.01] *= 50
+    return values + mean
+
+
+def _rows(B: int, R: int, D: int, count: int) -> tuple[Tensor, ...]:
+    """`count` tensors [B, R, D] fp32, strided as those of a block's modulation are."""
+    return _randn(B, R, count, D, seed=3).mul_(0.3).unbind(2)
+
+
+def _adaln(B: int, L: int, D: int, R: int, split: int, x_dtype: torch.dtype | None = torch.float32) -> Inputs:
+    def inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+        return _randn(B, L, D, mean=2.0).to(x_dtype or dtype), *_rows(B, R, D, 2), split, 1e-6, dtype
+
+    return inputs
+
+
+def _gated(B: int, L: int, D: int, R_gate: int, R: int, split: int, x_dtype: torch.dtype | None = torch.float32) -> Inputs:
+    """R of 0 is norm3: one row without the batch, its whole weight."""
+
+    def inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+        x, y = _randn(B, L, D, mean=2.0).to(x_dtype or dtype), _randn(B, L, D, seed=1).to(dtype)
+        gate = _rows(B, R_gate, D, 3)[2] if R_gate else None
+        shift, scale = _rows(B, R, D, 2) if R else (_randn(1, 1, D, seed=s).expand(B, 1, D) for s in (4, 5))
+        return x, y, gate, shift, scale, split, 1e-6, R == 0, dtype
+
+    return inputs
+
+
+def _rope(B: int, grid: tuple[int, int, int], heads: int, K: int, M: int, P: int, tokens: slice = slice(None)) -> Inputs:
+    """The part `tokens` of a clip; without a turn where M is 1."""
+    first, last, _ = tokens.indices(prod(grid))
+
+    def inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+        x, weight = _randn(B, last - first, M, heads * K).to(dtype), _randn(P, heads * K, seed=1).to(dtype)
+        table = None if M == 1 else kernels.rope_table(max(grid) + 1, K)
+        return x, weight, table, grid, first, heads, 1e-6
+
+    return inputs
+
+
+def _gelu(*shape: int, bias: bool = True) -> Inputs:
+    return lambda dtype: (_randn(*shape, mean=-1.0).to(dtype), _randn(shape[-1], seed=1).to(dtype) if bias else None)
+
+
+def _guidance(C: int, T: int, H: int, W: int, known: int, guided: bool = True) -> Inputs:
+    def inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+        clips = [_randn(C, T, H, W, seed=seed) for seed in range(6)]
+        if not guided:
+            clips[5] = None  # type: ignore[call-overload]
+        return *clips, _randn(10, seed=7), _randn(C, known, H, W) if known else None
+
+    return inputs
+
+
+def _cases() -> list[Case]:
+    """Lengths that no block divides, every place of the split, the widths of the models and an odd one, real row counts.
+
+    Those are a picture's 1,560 tokens at 832x480, 3,520 of 13 frames at 1280x704, and the last tokens of whole clips.
+    """
+    adaln = [
+        Case("adaln_modulate", f"B{B}-L{L}-D{D}-R{R}-split{split}", _adaln(B, L, D, R, split))
+        for B, L, D, R, split in [
+            (1, 7, 96, 1, 0), (2, 7, 96, 2, 0), (2, 7, 96, 2, 1), (2, 7, 96, 2, 6), (2, 7, 96, 2, 7), (1, 1, 1, 1, 0),
+            (1, 3, 1536, 2, 2), (1, 3, 3072, 2, 1), (1, 2, 5120, 1, 0), (1, 0, 96, 1, 0), (1, 1560, 8, 1, 0),
+        ]
+    ]  # fmt: skip
+    adaln.append(Case("adaln_modulate", "stream-in-the-dtype", _adaln(1, 5, 96, 2, 3, None)))
+    gated = [
+        Case("gated_residual_adaln", f"B{B}-L{L}-D{D}-gate{G}-R{R}-split{split}", _gated(B, L, D, G, R, split))
+        for B, L, D, G, R, split in [
+            (2, 7, 96, 1, 1, 0), (2, 7, 96, 2, 2, 0), (2, 7, 96, 2, 2, 1), (2, 7, 96, 2, 2, 6), (2, 7, 96, 2, 2, 7),
+            (2, 7, 96, 2, 0, 3), (2, 7, 96, 0, 2, 3), (2, 7, 96, 0, 0, 0), (2, 7, 96, 2, 1, 3), (1, 3, 1536, 1, 0, 0),
+            (1, 3, 3072, 2, 2, 1), (1, 2, 5120, 1, 1, 0), (1, 0, 96, 1, 1, 0), (1, 3520, 8, 2, 2, 880),
+        ]
+    ]  # fmt: skip
+    gated.append(Case("gated_residual_adaln", "stream-in-the-dtype", _gated(1, 5, 96, 2, 2, 3, None)))
+    rope = [
+        Case("qk_norm_rope", f"B{B}-{T}x{H}x{W}-N{N}-K{K}-{P}of{M}-from{part.start}", _rope(B, (T, H, W), N, K, M, P, part))
+        for B, (T, H, W), N, K, M, P, part in [
+            (2, (2, 3, 2), 4, 24, 3, 2, slice(0, None)), (1, (3, 2, 5), 1, 128, 3, 2, slice(7, 19)),
+            (2, (2, 3, 2), 3, 32, 3, 3, slice(5, None)), (2, (1, 2, 2), 3, 32, 1, 1, slice(0, None)),
+            (1, (1, 1, 3), 12, 128, 3, 2, slice(0, None)), (1, (1, 3, 1), 24, 128, 3, 2, slice(1, None)),
+            (1, (2, 1, 1), 40, 128, 3, 2, slice(0, None)), (1, (1, 1, 2), 24, 128, 1, 1, slice(0, None)),
+            (1, (2, 1, 1), 1, 2, 2, 1, slice(0, 0)), (1, (21, 30, 52), 2, 128, 3, 2, slice(32755, None)),
+            (1, (31, 22, 40), 2, 128, 3, 2, slice(27275, None)), (1, (21, 45, 80), 2, 128, 3, 2, slice(75595, None)),
+        ]
+    ]  # fmt: skip
+    gelu = [
+        Case("gelu_tanh", "x".join(map(str, shape)) + ("" if bias else "-no-bias"), _gelu(*shape, bias=bias))
+        for shape, bias in [
+            ((3, 5, 96), True),
+            ((2, 8960), True),
+            ((1, 13824), False),
+            ((1, 14336), True),
+            ((7,), True),
+            ((0, 4), True),
+        ]
+    ]
+    guidance = [
+        Case(
+            "guidance_step",
+            f"{C}x{T}x{H}x{W}-known{known}-{'guided' if guided else 'alone'}",
+            _guidance(C, T, H, W, known, guided),
+        )
+        for C, T, H, W, known, guided in [
+            (4, 3, 6, 10, 0, True),
+            (5, 3, 7, 11, 1, True),
+            (3, 1, 1, 5, 0, False),
+            (48, 2, 4, 6, 2, False),
+            (16, 21, 60, 104, 0, True),
+        ]
+    ]
+    patches = [
+        Case(op, f"B{B}-C{C}-{T}x{H}x{W}", inputs(B, C, T, H, W))
+        for op, inputs in (("patchify", _patchify), ("unpatchify", _unpatchify))
+        for B, C, T, H, W in [
+            (1, 48, 2, 4, 6),
+            (2, 5, 3, 2, 38),
+            (1, 16, 1, 6, 2),
+            (1, 1, 1, 2, 2),
+            (1, 36, 1, 2, 4),
+            (2, 3, 0, 2, 2),
+        ]
+    ]
+    return [*adaln, *gated, *rope, *gelu, *guidance, *patches]
+
+
+def _patchify(*shape: int) -> Inputs:
+    return lambda dtype: (_randn(*shape), dtype)
+
+
+def _unpatchify(B: int, C: int, T: int, H: int, W: int) -> Inputs:
+    return lambda dtype: (_randn(B, T * H * W // 4, 4 * C).to(dtype), (T, H, W))
+
+
 def arguments(case: Case | RealCase, dtype: torch.dtype, device: str | torch.device) -> tuple[Any, ...]:
     """The case's arguments on a device, with the strides that the case gave them; meta tensors get random values."""
 
@@ -81,18 +227,82 @@ def arguments(case: Case | RealCase, dtype: torch.dtype, device: str | torch.dev
     return tuple(move(value) for value in case.inputs(dtype))
 
 
+def run(kernel: Kernel, body: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
+    """What a body of an operator returns, and what it makes of the arguments it changes; those of `args` stay."""
+    names = list(inspect.signature(kernel.reference).parameters)
+    own = [arg.clone() if name in kernel.mutates else arg for name, arg in zip(names, args, strict=True)]
+    returned = body(*own)
+    outputs = (returned,) if isinstance(returned, Tensor) else returned or ()
+    return [*outputs, *(arg for name, arg in zip(names, own, strict=True) if name in kernel.mutates)]
+
+
 def in_fp64(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same arguments with floating-point tensors in fp64."""
-    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    """The same arguments with floating-point tensors, and the dtype of results, in fp64."""
+    return tuple(
+        a.double() if isinstance(a, Tensor) and a.is_floating_point() else torch.float64 if isinstance(a, torch.dtype) else a
+        for a in args
+    )
 
 
 def _meta(*shape: int) -> Callable[[torch.dtype], Tensor]:
     return lambda dtype: torch.empty(shape, dtype=dtype, device="meta")
 
 
-CASES = _frames_to_uint8_cases()
+# task, (T, H, W) tokens, width, feed-forward width, channels of the latents, modulation rows, tokens of row 0
+_TASKS = (
+    ("t2v-1.3B-480p", (21, 30, 52), 1536, 8960, 16, 1, 0),
+    ("ti2v-5B-720p", (31, 22, 40), 3072, 14336, 48, 2, 880),
+    ("t2v-14B-720p", (21, 45, 80), 5120, 13824, 16, 1, 0),
+)
+
+
+def _real_dit_cases() -> list[RealCase]:
+    """Every operator of the DiT at the rows and widths of three tasks."""
+    cases = []
+    for task, (T, H, W), D, F, C, R, split in _TASKS:
+        L, latents = T * H * W, (C, T, 2 * H, 2 * W)
+        rows = [_meta32(1, R, 6, D)(torch.float32)[:, :, i] for i in range(3)]
+        norm = [_meta32(1, 1, D)(torch.float32)] * 2
+
+        def add(op: str, name: str, inputs: Inputs, registers: int, narrow: int | None) -> None:
+            cases.append(RealCase(op, name, inputs, registers, narrow))
+
+        def itself(dtype: torch.dtype) -> torch.dtype:
+            return dtype
+
+        stream, packed, text = _meta32(1, L, D), _meta(1, L, 3, D), _meta(1, L, 1, D)
+        table, clips = _meta32(2, max(T, H, W), 64), [_meta32(*latents)] * 6
+        gated = (stream, _meta(1, L, D), rows[0])
+        add("adaln_modulate", task, _args(stream, *rows[:2], split, 1e-6, itself), 64, 0)
+        add("gated_residual_adaln", task, _args(*gated, *rows[1:], split, 1e-6, False, itself), 64, 0)
+        add("gated_residual_adaln", f"{task}-norm3", _args(*gated, *norm, split, 1e-6, True, itself), 64, 0)
+        add("qk_norm_rope", task, _args(packed, _meta32(2, D), table, (T, H, W), 0, D // 128, 1e-6), 64, 8)
+        add("qk_norm_rope", f"{task}-cross", _args(text, _meta32(1, D), None, (1, 1, 1), 0, 1, 1e-6), 64, 0)
+        add("gelu_tanh", task, _args(_meta(1, L, F), None), 40, 0)
+        add("guidance_step", task, _args(*clips, _meta32(10), _meta32(C, 1, 2 * H, 2 * W)), 64, 10)
+        add("patchify", task, _args(_meta32(1, *latents), itself), 80, None)
+        add("unpatchify", task, _args(_meta32(1, L, 4 * C), (T, 2 * H, 2 * W)), 80, None)
+    return cases
+
+
+def _meta32(*shape: int) -> Callable[[torch.dtype], Tensor]:
+    """fp32 whatever the case's dtype."""
+    return lambda dtype: torch.empty(shape, dtype=torch.float32, device="meta")
+
+
+def _args(*values: Any) -> Inputs:
+    """Callables are given the case's dtype."""
+
+    def inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+        return tuple(v(dtype) if callable(v) else v for v in values)
+
+    return inputs
+
+
+CASES = [*_frames_to_uint8_cases(), *_cases()]
 
 REAL_CASES = [
     RealCase("frames_to_uint8", "480p-81", _both(_meta(3, 81, 480, 832), False), registers=40),
     RealCase("frames_to_uint8", "720p-121", _both(_meta(3, 121, 704, 1280), True), registers=40),
+    *_real_dit_cases(),
 ]

@@ -23,7 +23,7 @@ def random_dit(dims, seed=0):
     """Seeded weights of ordinary size; gains around 1."""
     generator = torch.Generator().manual_seed(seed)
     model = WanDiT(dims).requires_grad_(False).eval()
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.state_dict().items():
         scale = 0.1 if parameter.ndim == 1 else (parameter.shape[0] / parameter.numel()) ** 0.5
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         if "norm" in name and name.endswith("weight"):

@@ -216,14 +216,17 @@ def test_order_of_a_visit_to_a_gpu():
     assert names[:2] == ["roofs", "accuracy"] and names[-1] == "sanitizer"
     order = [
         "kernel/frames_to_uint8/480p-81/bf16",
-        "tiles/frames_to_uint8/480p-81",
+        "kernel/gated_residual_adaln/ti2v-5B-720p/bf16",
+        "shares/ti2v-5B/1280x704x121/bf16",
         "dit/ti2v-5B/1280x704x121/bf16",
+        "dit/t2v-14B/832x480x81/bf16",
+        "tiles/frames_to_uint8/480p-81",
         "vae/2.2-decode/1280x704x17/fp32",
         "attention/t2v-14B/L75600-N40-K128/bf16",
         "gemm/t2v-14B-qkvo/32760x5120x5120/bf16",
         "conv3d/vae2.1/96x4x480x832/fp32",
-        "dit/t2v-14B/832x480x81/bf16",
         "denoise/ti2v-5B/1280x704x121-50-steps/bf16",
+        "kernel/frames_to_uint8/480p-81/fp32",
     ]
     assert [place[name] for name in order] == sorted(place[name] for name in order)
     assert list(campaign.steps(torch.device("cuda"), ["vae/2.2-*"])) == [

@@ -48,7 +48,7 @@ def test_what_is_no_longer_measured_is_said():
 
 def test_the_run_is_held_against_another_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gate, "RESULTS", tmp_path)
-    monkeypatch.setattr(host_loop, "per_step", lambda: {"plan": 0.1, "sampler": 0.05})
+    monkeypatch.setattr(host_loop, "per_step", lambda: {"plan": 0.1, "sampler": 0.005})
     (tmp_path / "epyc").mkdir()
     old, new = (tmp_path / "epyc" / f"2026-01-0{day}.json" for day in (1, 2))
     new.write_text(json.dumps(run(1.5, 1.7)))

@@ -49,6 +49,12 @@ def test_denoising_runs_every_step_in_both_branches():
     assert flops == pytest.approx(work.flops, rel=0.02)
 
 
+def test_shares_of_a_forward():
+    found = networks.shares(DiTDims(dim=64, ffn_dim=128, num_heads=2, num_layers=2, in_dim=4, out_dim=4), (4, 2, 8, 8),
+                            torch.float32, torch.device("cpu"))  # fmt: skip
+    assert sum(found.values()) == pytest.approx(1) and {"matrix product", "attention", "wan_fast kernel"} <= set(found)
+
+
 def test_names_are_unique_and_say_group_and_dtype():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)

@@ -69,7 +69,7 @@ def test_every_kernel_with_tiles_takes_part():
 
 
 @pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="no checkout")
-@pytest.mark.parametrize(("argument", "said"), [("frames_to_int8", "there are: frames_to_uint8"), ("", "need a GPU")])
+@pytest.mark.parametrize(("argument", "said"), [("frames_to_int8", "there are: adaln_modulate"), ("", "need a GPU")])
 def test_bad_input(argument, said):
     if not argument and torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -5,7 +5,8 @@ import torch
 from models import random_dit, relative_error
 from recipe import recipe_tensor, recipe_weights
 
-from wan_fast.dit import WanDiT, grid_of, rotate, rotation_table, sinusoid
+from wan_fast.dit import WanDiT, grid_of, sinusoid
+from wan_fast.kernels import qk_norm_rope, rope_table
 from wan_fast.manifest import DiTDims, stays_fp32
 from wan_fast.names import DIT_NAMES, native_name
 
@@ -55,26 +56,33 @@ def test_sinusoid():
     torch.testing.assert_close(at[1, [127, 255]], torch.tensor([0.9999999942, 0.0001074608]), atol=1e-7, rtol=0)
 
 
-def test_rotation_table():
-    table = torch.view_as_real(rotation_table((6, 6, 8), 128))  # [L, 64, 2]
-    at_five, at_seven = table[5 * 48 + 5 * 8], table[5 * 8 + 7]
-    for row, pair, value in (
-        (at_five, 1, (-0.9891, -0.1475)),
-        (at_five, 21, (1.0000, 0.0008)),
-        (at_five, 23, (-0.9965, -0.0830)),
-        (at_seven, 44, (-0.1965, -0.9805)),
+def test_rope_table():
+    cosine, sine = rope_table(8, 128)
+    for position, pair, value in (
+        (5, 1, (-0.9891, -0.1475)),
+        (5, 21, (1.0000, 0.0008)),
+        (5, 23, (-0.9965, -0.0830)),
+        (7, 44, (-0.1965, -0.9805)),
     ):
-        torch.testing.assert_close(row[pair], torch.tensor(value), atol=6e-5, rtol=0)
+        found = torch.stack([cosine[position, pair], sine[position, pair]])
+        torch.testing.assert_close(found, torch.tensor(value), atol=6e-5, rtol=0)
 
 
-def test_rotation_turns_adjacent_pairs_and_keeps_their_length():
-    x = torch.randn(1, 12, 3, 16, generator=torch.Generator().manual_seed(0))
-    table = rotation_table((3, 2, 2), 16)
-    y = rotate(x, table)
-    assert torch.equal(y[:, 0], x[:, 0])  # position 0 does not turn
+def test_rope_turns_adjacent_pairs_by_their_axis_and_keeps_their_length():
+    x = torch.randn(1, 12, 2, 48, generator=torch.Generator().manual_seed(0))
+    table, weight = rope_table(3, 16), torch.ones(1, 48)
+    y, normed = x.clone(), x.clone()
+    qk_norm_rope(y, weight, table, grid=(3, 2, 2), heads=3)
+    qk_norm_rope(normed, weight, None, heads=3)
+    assert torch.equal(y[:, :, 1], x[:, :, 1])  # only the first of the two
+    x, y = normed[:, :, 0].unflatten(-1, (3, 16)), y[:, :, 0].unflatten(-1, (3, 16))
+    torch.testing.assert_close(y[:, 0], x[:, 0])  # position 0 does not turn
     torch.testing.assert_close(y.unflatten(-1, (-1, 2)).norm(dim=-1), x.unflatten(-1, (-1, 2)).norm(dim=-1))
-    a, b, angle = x[0, 11, 1, 4], x[0, 11, 1, 5], table[11, 2].angle()
-    assert y[0, 11, 1, 4].item() == pytest.approx((a * angle.cos() - b * angle.sin()).item(), abs=1e-6)
+    # token 11 is at (2, 1, 1); of 8 pairs 4 belong to t, 2 to h, 2 to w
+    for pair, position in ((2, 2), (5, 1), (7, 1)):
+        a, b, cosine, sine = *x[0, 11, 1, 2 * pair : 2 * pair + 2], *table[:, position, pair]
+        assert y[0, 11, 1, 2 * pair].item() == pytest.approx((a * cosine - b * sine).item(), abs=1e-6)
+        assert y[0, 11, 1, 2 * pair + 1].item() == pytest.approx((a * sine + b * cosine).item(), abs=1e-6)
 
 
 @torch.inference_mode()
@@ -105,12 +113,13 @@ def test_bf16_keeps_the_residual_stream_and_the_modulation_in_fp32():
         parameter.data = parameter.data.to(torch.float32 if stays_fp32(name) else torch.bfloat16)
     seen = []
     for block in model.blocks:
-        block.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, args[1].dtype, out.dtype)))
+        block.register_forward_hook(lambda module, args, out: seen.append((*(t.dtype for t in args[:3]), out.dtype)))
         block.self_attn.register_forward_hook(lambda module, args, out: seen.append((args[0].dtype, out.dtype)))
     x, text, t = torch.randn(1, 16, 3, 6, 8), [torch.randn(7, 64)], torch.tensor([[731.0]])
     out = model(x, t, model.prepare(text, grid_of(x.shape)))
     fp32, bf16 = torch.float32, torch.bfloat16
-    assert seen == [(bf16, bf16), (fp32, fp32, fp32)] * 2
+    # stream, normed, modulation; the last block ends with the head's norm
+    assert seen == [(bf16, bf16), (fp32, bf16, fp32, bf16), (bf16, bf16), (fp32, bf16, fp32, fp32)]
     assert out.dtype == fp32
     assert 1e-4 < relative_error(out, exact(x, t, exact.prepare(text, grid_of(x.shape)))) < 1e-2
 
@@ -167,3 +176,16 @@ def test_equals_diffusers(layers, channels, text_dim, shape):
     expected = theirs(x, per_token, text, return_dict=False)[0]
     rows = torch.stack([torch.zeros(2), t], dim=1)
     assert relative_error(ours(x, rows, ours.prepare(list(text), grid_of(x.shape)), split=split), expected) < 5e-6
+
+
+def test_state_dict_has_the_official_names_whose_tensors_are_views():
+    model = random_dit(TINY)
+    state = model.state_dict()
+    q, k, v = (state[f"blocks.1.self_attn.{letter}.weight"] for letter in "qkv")
+    assert torch.equal(torch.cat([q, k, v]), model.blocks[1].self_attn.qkv.weight)
+    assert not any("qkv" in name or "norm_qk" in name for name in state)
+    state["blocks.1.self_attn.norm_k.weight"].fill_(7.0)
+    assert model.blocks[1].self_attn.norm_qk.view(2, -1)[1].eq(7).all()
+    other = random_dit(TINY, seed=1)
+    other.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

@@ -14,16 +14,22 @@ import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from kernel_cases import CASES, REAL_CASES, Case, arguments, in_fp64
+from kernel_cases import CASES, REAL_CASES, Case, RealCase, arguments, in_fp64, run
 from numerics import assert_as_accurate
 from torch import Tensor
 
 import wan_fast
 from wan_fast import kernels
 from wan_fast.kernels import KERNELS
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import mend
+
+    mend()
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -54,10 +60,53 @@ def test_every_operator_has_cases(name: str) -> None:
 @pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU: test_in_the_interpreter runs it")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @each_case
-def test_kernel_is_as_accurate_as_the_reference(case: Case, dtype: torch.dtype) -> None:
+def test_kernel_is_as_accurate_as_the_reference(case: Case | RealCase, dtype: torch.dtype) -> None:
     kernel = KERNELS[case.op]
     args = arguments(case, dtype, DEVICE)
-    assert_as_accurate(kernel.launch(*args), kernel.reference(*in_fp64(args)), kernel.reference(*args))
+    exact, baseline = run(kernel, kernel.reference, in_fp64(args)), run(kernel, kernel.reference, args)
+    for result in zip(run(kernel, kernel.launch, args), exact, baseline, strict=True):
+        assert_as_accurate(*result)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: real shapes are compiled, not run")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", REAL_CASES, ids=lambda case: f"{case.op}-{case.id}")
+def test_kernel_is_accurate_at_real_shapes(case: RealCase, dtype: torch.dtype) -> None:
+    test_kernel_is_as_accurate_as_the_reference(case, dtype)
+
+
+@pytest.mark.parametrize("name", ["adaln_modulate", "gated_residual_adaln", "gelu_tanh", "qk_norm_rope"])
+def test_addresses_beyond_32_bits(name: str) -> None:
+    """The last tokens of more than 2^31 elements come out as they do alone; without a GPU, of a few."""
+    L, D = (720_000, 3072) if DEVICE == "cuda" else (24, 96)
+
+    def clip(seed: int) -> Tensor:
+        return (
+            torch.randn(4, D, generator=torch.Generator().manual_seed(seed)).to(DEVICE, torch.bfloat16).repeat(L // 4, 1)[None]
+        )
+
+    rows = [torch.randn(1, 2, D, device=DEVICE) for _ in range(3)]
+    x, y = clip(0), clip(1)
+    if name == "adaln_modulate":
+        tail = kernels.adaln_modulate(x[:, -4:], *rows[:2], split=2)
+        results = [(kernels.adaln_modulate(x, *rows[:2], split=L - 2)[:, -4:], tail)]
+    elif name == "gated_residual_adaln":
+        part = x[:, -4:].clone()
+        tail = kernels.gated_residual_adaln(part, y[:, -4:], *rows, split=2)
+        results = [(kernels.gated_residual_adaln(x, y, *rows, split=L - 2)[:, -4:], tail), (x[:, -4:], part)]
+    elif name == "gelu_tanh":
+        part = x[:, -4:].clone()
+        kernels.gelu_tanh(part)
+        kernels.gelu_tanh(x)
+        results = [(x[:, -4:], part)]
+    else:
+        x, grid, table = x.view(1, L // 3, 3, D), (L // 12, 2, 2), kernels.rope_table(L // 12, 32, DEVICE)
+        part, weight, settings = x[:, -4:].clone(), rows[0][0].contiguous(), {"grid": grid, "heads": D // 32}
+        kernels.qk_norm_rope(part, weight, table, offset=L // 3 - 4, **settings)
+        kernels.qk_norm_rope(x, weight, table, **settings)
+        results = [(x[:, -4:], part)]
+    for result, expected in results:
+        assert torch.equal(result, expected)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")
@@ -84,22 +133,22 @@ def test_operator_keeps_the_dispatcher_rules(case: Case) -> None:
 
 @each_case
 def test_shape_function_agrees(case: Case) -> None:
-    real = KERNELS[case.op].op(*arguments(case, torch.bfloat16, DEVICE))
-    meta = KERNELS[case.op].op(*arguments(case, torch.bfloat16, "meta"))
-    assert (meta.shape, meta.dtype, meta.stride()) == (real.shape, real.dtype, real.stride())
+    kernel = KERNELS[case.op]
+    real, meta = (run(kernel, kernel.op, arguments(case, torch.bfloat16, device)) for device in (DEVICE, "meta"))
+    assert [(t.shape, t.dtype, t.stride()) for t in meta] == [(t.shape, t.dtype, t.stride()) for t in real]
 
 
 @each_op
 def test_public_function_compiles_whole(name: str) -> None:
-    public = getattr(kernels, name)
-    args = arguments(first_case(name), torch.bfloat16, DEVICE)
-    named = dict(zip(inspect.signature(KERNELS[name].reference).parameters, args, strict=True))
+    kernel, args = KERNELS[name], arguments(first_case(name), torch.bfloat16, DEVICE)
+    names = inspect.signature(kernel.reference).parameters
 
-    def program(named: dict) -> Tensor:
-        return public(**named) * 2
+    def public(*args: Any) -> Tensor | None:
+        return getattr(kernels, name)(**dict(zip(names, args, strict=True)))
 
-    compiled = torch.compile(program, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(named), program(named))
+    compiled = torch.compile(public, fullgraph=True, backend="aot_eager")
+    for result, expected in zip(run(kernel, compiled, args), run(kernel, public, args), strict=True):
+        assert torch.equal(result, expected)
 
 
 def documented(docstring: str, section: str) -> str:
@@ -132,6 +181,20 @@ def test_backend_names_what_runs() -> None:
         kernels.backend("meta")
     with pytest.raises(ValueError, match="frames_to_uint8"):
         kernels.backend("cpu", "no_such_op")
+
+
+def test_the_reference_runs_on_every_device_where_it_is_asked_for() -> None:
+    body = kernels._op.launch_or_reference(lambda x: f"kernel {x}", lambda x: f"reference {x}")
+    assert body(1) == "kernel 1"
+    with kernels.only_reference():
+        assert body(2) == "reference 2"
+        with kernels.only_reference(False):
+            assert body(3) == "kernel 3"
+    assert body(4) == "kernel 4"
+    if DEVICE == "cuda":
+        args = arguments(first_case("adaln_modulate"), torch.bfloat16, DEVICE)
+        with kernels.only_reference():
+            assert torch.equal(KERNELS["adaln_modulate"].op(*args), KERNELS["adaln_modulate"].reference(*args))
 
 
 def test_register_refuses_signatures_that_differ() -> None:

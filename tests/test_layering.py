@@ -19,7 +19,7 @@ LEVELS: list[set[str]] = [
     {"device", "flags", "headers", "manifest", "names", "steps"},
     {"attention", "quantize", "parallel", "checkpoint", "lora", "roofs", "video"},
     {"dit", "adapters", "vae", "encoders"},
-    {"conditioning", "planning", "sampler"},
+    {"conditioning", "planning", "sampler", "solver"},
     {"graphs", "engine"},
     {"__init__"},
     {"counting", "doctor", "server"},

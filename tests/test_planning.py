@@ -14,8 +14,9 @@ from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import Device, describe
 from wan_fast.dit import WanDiT, grid_of
 from wan_fast.engine import Engine
+from wan_fast.kernels import KERNELS
 from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
-from wan_fast.planning import plan
+from wan_fast.planning import FUSED, plan
 from wan_fast.tasks import TASKS, VAES
 from wan_fast.vae import WanVAE
 
@@ -108,7 +109,7 @@ def test_denoising_memory_is_what_the_model_takes(task, dtype):
 
         measured = peak_bytes(step)
     size = 2 if dtype == torch.bfloat16 else 4
-    assert measured <= planning._denoise_bytes({"model": dims}, shape, size) <= 1.2 * measured
+    assert measured <= planning._denoise_bytes({"model": dims}, shape, size, fused=True) <= 1.2 * measured
 
 
 @pytest.mark.parametrize(("version", "latents"), [("2.1", (16, 5, 60, 104)), ("2.2", (48, 5, 44, 80))])
@@ -176,8 +177,19 @@ def test_attention_asked_for_must_be_there(gpu):
     with pytest.raises(WanFastError, match="computes in bf16"):
         plan(replace(FIVE, attention="flash", dtype="fp32"), CAT)
     if not __import__("importlib.util").util.find_spec("flash_attn"):
-        with pytest.raises(WanFastError, match="pip install flash-attn"):
+        with pytest.raises(WanFastError, match="pip install --pre flash-attn-4"):
             plan(replace(FIVE, attention="flash"), CAT)
+
+
+def test_every_operation_of_the_plan_says_what_runs_it(gpu):
+    """And `--kernels reference` is followed, not only taken."""
+    assert set(FUSED) == set(KERNELS)
+    gpu(80)
+    for asked, runs, memory in (("auto", {"triton"}, 1.0), ("reference", {"reference"}, 1.2)):
+        todo = plan(replace(FIVE, kernels=asked), CAT)
+        assert {kernel.backend for kernel in todo.kernels if kernel.op in KERNELS} == runs
+        assert todo.memory.working["denoise"] >= memory * plan(FIVE, CAT).memory.working["denoise"]
+    assert todo.kernels[0].op == "attention" and todo.kernels[0].backend.startswith("sdpa")
 
 
 def test_host_description():

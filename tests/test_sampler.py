@@ -6,6 +6,7 @@ import torch
 from wan_fast.config import EngineConfig, Request
 from wan_fast.engine import Engine
 from wan_fast.sampler import denoise
+from wan_fast.solver import Solver
 from wan_fast.steps import step_plan
 from wan_fast.tasks import TASKS
 
@@ -27,6 +28,12 @@ def no_reading_back(monkeypatch):
         for name in READS:
             patch.setattr(torch.Tensor, name, refuse(name))
         yield
+
+
+def run(steps, noise, velocity, known=None, on_step=None):
+    solver = Solver(steps, noise, known)
+    denoise(steps, solver.latents, velocity, solver, on_step=on_step)
+    return solver.latents
 
 
 def plan(steps=3, solver="unipc"):
@@ -83,7 +90,7 @@ def test_known_latents_stay(solver):
         return torch.randn_like(latents)
 
     before = noise.clone()
-    out = denoise(plan(solver=solver), noise, velocity, known=known)
+    out = run(plan(solver=solver), noise, velocity, known=known)
     assert torch.equal(out[:, :1], known) and all(torch.equal(s, known) for s in seen)
     assert torch.equal(noise, before), "the caller's noise was changed"
 
@@ -91,12 +98,12 @@ def test_known_latents_stay(solver):
 def test_guidance_weighs_the_two_branches():
     steps = step_plan(TASKS["ti2v-5B"], "euler", 1, 5.0, (3.0, 3.0))
     noise = torch.zeros(1, 1, 2, 2)
-    out = denoise(steps, noise, lambda step, x, branch: torch.full_like(x, 2.0 if branch == "conditional" else 0.5))
+    out = run(steps, noise, lambda step, x, branch: torch.full_like(x, 2.0 if branch == "conditional" else 0.5))
     # one Euler step from sigma 1 to 0 along 0.5 + 3 (2 - 0.5)
     assert torch.equal(out, torch.full_like(out, -5.0))
 
 
 def test_a_step_is_reported_after_it_was_issued():
     seen = []
-    denoise(plan(4), torch.zeros(1, 1, 2, 2), lambda step, x, branch: x, on_step=lambda step: seen.append(step.index))
+    run(plan(4), torch.zeros(1, 1, 2, 2), lambda step, x, branch: x, on_step=lambda step: seen.append(step.index))
     assert seen == [0, 1, 2, 3]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,7 @@ def _run(words: Sequence[str]) -> int:
     todo = wan_fast.plan(config, request)
     target = _check_outputs(output, todo)
     _say_plan(todo)
+    _say_attention(todo)
     print("starting    PyTorch and transformers", flush=True)
 
     from safetensors.torch import save_file
@@ -110,6 +112,8 @@ def _run(words: Sequence[str]) -> int:
         _download(config)
     with _Bars(output.quiet) as bars:
         engine = wan_fast.Engine(config, request=request, on_progress=bars)
+        if (settled := engine.plan(request)).kernels != todo.kernels:
+            _say_attention(settled)
         frames = _FloatFrames(todo) if output.save_frames else None
 
         def generate() -> Video:
@@ -172,8 +176,8 @@ def _plan(words: Sequence[str]) -> int:
     print("weights     " + ", ".join(f"{name} {_gib(count)}" for name, count in memory.weights.items()))
     for stage, peak in memory.peak.items():
         print(f"peak        {stage:8s} {_gib(peak)}, of it working memory {_gib(memory.working[stage])}")
-    for kernel in todo.kernels:
-        print(f"kernel      {kernel.op}: {kernel.backend} ({kernel.why})")
+    for (backend, why), kernels in groupby(todo.kernels, lambda kernel: (kernel.backend, kernel.why)):
+        print(f"kernel      {', '.join(kernel.op for kernel in kernels)}: {backend} ({why})")
     print("work        " + ", ".join(f"{stage} {count / 1e12:,.1f} TFLOP" for stage, count in todo.flops.items()))
     if todo.seconds_at_least is None:
         print("time        not predicted: the peak of this device is not on record")
@@ -210,6 +214,10 @@ def _say_plan(todo: Plan) -> None:
     print(f"plan        {todo.tokens:,} tokens, peak {_gib(todo.memory.peak[worst])} in {worst}, {placing}")
     for warning in todo.warnings:
         print(f"warning     {warning}")
+
+
+def _say_attention(todo: Plan) -> None:
+    print(f"attention   {todo.kernels[0].backend} ({todo.kernels[0].why})")
 
 
 def _check_outputs(output: Output, todo: Plan) -> Path:

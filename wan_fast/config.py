@@ -85,6 +85,9 @@ class EngineConfig:
         "auto", "compute type of the DiT; auto is bf16 on a GPU, fp32 on a CPU", "--dtype"
     )
     attention: Literal["auto", "sdpa", "flash", "xformers"] = option("auto", "attention backend", "--attention")
+    kernels: Literal["auto", "reference"] = option(
+        "auto", "auto: the fused kernels, where there is a GPU; reference: their definition in plain PyTorch", "--kernels"
+    )
     vram: int | None = option(
         None, "memory budget the plan must keep, for example 12GiB; auto: what is free", "--vram", parse=parse_bytes
     )
@@ -114,6 +117,7 @@ class EngineConfig:
             raise WanFastError(f"unknown device {self.device!r}; choose auto, cuda, cuda:N or cpu")
         _check_choice(self, "dtype", "auto", "bf16", "fp32")
         _check_choice(self, "attention", "auto", "sdpa", "flash", "xformers")
+        _check_choice(self, "kernels", "auto", "reference")
         if self.vram is not None and self.vram <= 0:
             raise WanFastError(f"--vram must be positive, got {self.vram} bytes")
 

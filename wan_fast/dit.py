@@ -1,8 +1,8 @@
 """The Wan diffusion transformer (arXiv 2503.20314), after Peebles & Xie (arXiv 2212.09748), for inference.
 
-Every op is plain PyTorch: this is the definition that faster ones are held against. Parameter names are the native
-ones. B batch, C channels, T H W latent frames/height/width, L video tokens, S text tokens, D width, N heads, K head
-width, R modulation rows.
+A block is its matrix products, attention, and the fused operators of `wan_fast.kernels` between them; what these compute
+is their references', in plain PyTorch. Parameter names in a state dict are the native ones. B batch, C channels, T H W
+latent frames/height/width, L video tokens, S text tokens, D width, N heads, K head width, R modulation rows.
 
 Precision follows the official autocast: the residual stream, norms, modulation, time embedding and head are fp32; the
 other linears and attention run in the compute dtype, which is that of their weights.
@@ -10,14 +10,16 @@ other linears and attention run in the compute dtype, which is that of their wei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan_fast.attention import Attention, sdpa
+from wan_fast.kernels import adaln_modulate, gated_residual_adaln, gelu_tanh, patchify, qk_norm_rope, rope_table, unpatchify
 from wan_fast.manifest import DiTDims
 from wan_fast.tasks import PATCH
 
@@ -29,12 +31,13 @@ KeysValues = tuple[Tensor, Tensor]
 class Context:
     """What a forward needs that depends neither on the latents nor on the timestep.
 
-    `keys_values`: per block, text keys and values [B, S, N, K]. `rotation`: [L, K/2] complex64, one unit vector per
-    token and pair of channels.
+    `keys_values`: per block, text keys and values [B, S, N, K]. `grid`: tokens of the clip along (T, H, W). `table`: of
+    `rope_table`, for its positions.
     """
 
     keys_values: tuple[KeysValues, ...]
-    rotation: Tensor
+    grid: Grid
+    table: Tensor
 
 
 class WanDiT(nn.Module):
@@ -66,9 +69,19 @@ class WanDiT(nn.Module):
         x = self.embed(latents)  # [B, L, D]
         time = self.time_embedding(sinusoid(timestep, self.dims.freq_dim))  # [B, R, D]
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [B, R, 6, D]
-        for block, keys_values in zip(self.blocks, context.keys_values, strict=True):
-            x = block(x, modulation, split, context.rotation, keys_values)
-        return unpatchify(self.head(x, time, split), grid_of(latents.shape))
+        tables = torch.stack([block.modulation for block in self.blocks])[:, None] + modulation  # [blocks, B, R, 6, D]
+        # each block ends with the norm that the next one, or the head, begins with
+        heads_own = (self.head.modulation + time[:, :, None]).unbind(2)
+        following = [*(tuple(table[:, :, :2].unbind(2)) for table in tables[1:]), heads_own]
+        dtypes = [self.patch_embedding.weight.dtype] * (self.dims.num_layers - 1) + [torch.float32]
+        shift, scale = tables[0, :, :, :2].unbind(2)
+        y = adaln_modulate(x, shift, scale, split=split, eps=self.dims.eps, dtype=self.patch_embedding.weight.dtype)
+        for block, table, keys_values, then, dtype in zip(
+            self.blocks, tables, context.keys_values, following, dtypes, strict=True
+        ):
+            y = block(x, y, table, split, context, keys_values, then, dtype)
+        T, H, W = latents.shape[2:]
+        return unpatchify(self.head.head(y), (T, H, W))
 
     def prepare(self, text: Sequence[Tensor], grid: Grid) -> Context:
         """Project text for all steps of a generation.
@@ -87,15 +100,14 @@ class WanDiT(nn.Module):
         text_tokens = self.text_embedding(padded.to(dtype))  # [B, S, D]
         return Context(
             keys_values=tuple(block.cross_attn.project(text_tokens) for block in self.blocks),
-            rotation=rotation_table(grid, self.dims.head_dim, padded.device),
+            grid=grid,
+            table=rope_table(max(grid), self.dims.head_dim, padded.device),
         )
 
     def embed(self, latents: Tensor) -> Tensor:
         """[B, C, T, H, W] -> [B, L, D] fp32: one token per 1x2x2 patch, w fastest."""
-        B, C, T, H, W = latents.shape
-        patches = latents.reshape(B, C, T, H // 2, 2, W // 2, 2).permute(0, 2, 3, 5, 1, 4, 6).reshape(B, -1, 4 * C)
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
-        return F.linear(patches.to(weight.dtype), weight.flatten(1), bias).float()
+        return F.linear(patchify(latents, dtype=weight.dtype), weight.flatten(1), bias).float()
 
 
 class Block(nn.Module):
@@ -108,21 +120,54 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(dims, attention)
         self.norm3 = nn.LayerNorm(dims.dim, dims.eps)
         self.cross_attn = CrossAttention(dims, attention)
-        self.ffn = nn.Sequential(nn.Linear(dims.dim, dims.ffn_dim), nn.GELU("tanh"), nn.Linear(dims.ffn_dim, dims.dim))
+        self.ffn = FeedForward(nn.Linear(dims.dim, dims.ffn_dim), nn.GELU("tanh"), nn.Linear(dims.ffn_dim, dims.dim))
 
-    def forward(self, x: Tensor, modulation: Tensor, split: int, rotation: Tensor, keys_values: KeysValues) -> Tensor:
-        """x: [B, L, D] fp32, changed in place; modulation: [B, R, 6, D] fp32; the rest as in `WanDiT.forward`."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unbind(2)
-        dtype = self.self_attn.q.weight.dtype
-        y = adaln_modulate(x, shift1, scale1, split, self.eps).to(dtype)
-        x = gated_residual(x, self.self_attn(y, rotation), gate1, split)
-        x += self.cross_attn(self.norm3(x).to(dtype), keys_values)
-        y = adaln_modulate(x, shift2, scale2, split, self.eps).to(dtype)
-        return gated_residual(x, self.ffn(y), gate2, split)
+    def forward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        table: Tensor,
+        split: int,
+        context: Context,
+        keys_values: KeysValues,
+        following: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """One block, and the norm after it.
+
+        Args:
+            x: [B, L, D] fp32, the residual stream, changed in place.
+            y: [B, L, D] in the compute dtype: x, normed and modulated for this block.
+            table: [B, R, 6, D] fp32 modulation of this block.
+            split, context: as in `WanDiT.forward`.
+            keys_values: of this block.
+            following: shift and scale [B, R, D] fp32 of the norm after the block.
+            dtype: of the result.
+
+        Returns:
+            [B, L, D]: the new x, normed and modulated for what follows.
+        """
+        _, _, gate1, shift2, scale2, gate2 = table.unbind(2)
+        weight, bias = (t.expand(x.shape[0], 1, -1) for t in (self.norm3.weight, self.norm3.bias))
+        y = self.self_attn(y, context)
+        y = gated_residual_adaln(x, y, gate1, bias, weight, split=split, eps=self.eps, affine=True, dtype=y.dtype)
+        y = self.cross_attn(y, keys_values)
+        y = gated_residual_adaln(x, y, None, shift2, scale2, split=split, eps=self.eps, dtype=y.dtype)
+        y = self.ffn(y)
+        return gated_residual_adaln(x, y, gate2, *following, split=split, eps=self.eps, dtype=dtype)
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU in place, linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self[0](x)
+        gelu_tanh(hidden)
+        return self[2](hidden)
 
 
 class RMSNorm(nn.Module):
-    """Over the full width, all heads together; rounded to the input's dtype before the weight, as officially."""
+    """Over the full width, all heads together, in place."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -130,26 +175,59 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+        qk_norm_rope(x[:, :, None], self.weight[None], None, heads=1, eps=self.eps)
+        return x
 
 
 class SelfAttention(nn.Module):
+    """Over the video's tokens. q, k and v are one projection, and q's and k's norms one parameter; a state dict has them
+    apart, under their native names, and either form is loaded."""
+
     def __init__(self, dims: DiTDims, attention: Attention) -> None:
         super().__init__()
         self.heads = (dims.num_heads, dims.head_dim)
+        self.eps = dims.eps
         self.attention = attention
-        self.q, self.k, self.v, self.o = (nn.Linear(dims.dim, dims.dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dims.dim, dims.eps), RMSNorm(dims.dim, dims.eps)
+        self.qkv = nn.Linear(dims.dim, 3 * dims.dim)
+        self.norm_qk = nn.Parameter(torch.empty(2 * dims.dim))
+        self.o = nn.Linear(dims.dim, dims.dim)
+        self.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: fuse(state, prefix))
+        self.register_state_dict_post_hook(lambda module, state, prefix, _: unfuse(state, prefix))
 
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, L, D] -> [B, L, D], both in the compute dtype."""
-        q = rotate(self.norm_q(self.q(x)).unflatten(-1, self.heads), rotation).to(x.dtype)
-        k = rotate(self.norm_k(self.k(x)).unflatten(-1, self.heads), rotation).to(x.dtype)
-        v = self.v(x).unflatten(-1, self.heads)
+        qkv = self.qkv(x).unflatten(-1, (3, -1))  # [B, L, 3, D]
+        weight = self.norm_qk.view(2, -1)
+        qk_norm_rope(qkv, weight, context.table, grid=context.grid, heads=self.heads[0], eps=self.eps)
+        q, k, v = qkv.unflatten(-1, self.heads).unbind(2)
         return self.o(self.attention(q, k, v).flatten(2))
 
 
+_FUSED = {
+    "qkv.weight": ("q.weight", "k.weight", "v.weight"),
+    "qkv.bias": ("q.bias", "k.bias", "v.bias"),
+    "norm_qk": ("norm_q.weight", "norm_k.weight"),
+}
+
+
+def fuse(state: MutableMapping[str, Any], prefix: str) -> None:
+    """Join, where they are all there, the tensors of the self-attention under `prefix` that one parameter holds."""
+    for fused, parts in _FUSED.items():
+        names = [prefix + part for part in parts]
+        if all(name in state for name in names):
+            state[prefix + fused] = torch.cat([state.pop(name) for name in names])
+
+
+def unfuse(state: MutableMapping[str, Any], prefix: str) -> None:
+    """The reverse of `fuse`; the tensors are views of the joint one."""
+    for fused, parts in _FUSED.items():
+        views = state.pop(prefix + fused).chunk(len(parts))
+        state.update(zip([prefix + part for part in parts], views, strict=True))
+
+
 class CrossAttention(nn.Module):
+    """Over the text's tokens, whose keys and values are computed once per generation."""
+
     def __init__(self, dims: DiTDims, attention: Attention) -> None:
         super().__init__()
         self.heads = (dims.num_heads, dims.head_dim)
@@ -159,50 +237,21 @@ class CrossAttention(nn.Module):
 
     def project(self, text: Tensor) -> KeysValues:
         """Keys and values of text tokens [B, S, D]: the same at every step."""
-        k = self.norm_k(self.k(text)).to(text.dtype)
-        return k.unflatten(-1, self.heads), self.v(text).unflatten(-1, self.heads)
+        return self.norm_k(self.k(text)).unflatten(-1, self.heads), self.v(text).unflatten(-1, self.heads)
 
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
         """[B, L, D] -> [B, L, D], both in the compute dtype."""
-        q = self.norm_q(self.q(x)).to(x.dtype).unflatten(-1, self.heads)
+        q = self.norm_q(self.q(x)).unflatten(-1, self.heads)
         return self.o(self.attention(q, *keys_values).flatten(2))
 
 
 class Head(nn.Module):
-    """Modulated norm and projection to pixels of a patch, in fp32 throughout."""
+    """Projection to pixels of a patch, in fp32; the last block ends with its modulated norm."""
 
     def __init__(self, dims: DiTDims) -> None:
         super().__init__()
-        self.eps = dims.eps
         self.modulation = nn.Parameter(torch.empty(1, 2, dims.dim))
         self.head = nn.Linear(dims.dim, 4 * dims.out_dim)
-
-    def forward(self, x: Tensor, time: Tensor, split: int) -> Tensor:
-        """x: [B, L, D] fp32; time: [B, R, D] fp32, before the six-way projection. Returns [B, L, 4C] fp32."""
-        shift, scale = (self.modulation + time[:, :, None]).unbind(2)
-        return self.head(adaln_modulate(x, shift, scale, split, self.eps))
-
-
-def adaln_modulate(x: Tensor, shift: Tensor, scale: Tensor, split: int, eps: float) -> Tensor:
-    """layer_norm(x) (1 + scale) + shift. x: [B, L, D]; shift, scale: [B, R, D], rows chosen by `split`."""
-    y = F.layer_norm(x, x.shape[-1:], eps=eps)
-    for row, tokens in _rows(shift.shape[1], split):
-        part = y[:, tokens]
-        torch.addcmul(shift[:, row], part, 1 + scale[:, row], out=part)
-    return y
-
-
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor, split: int) -> Tensor:
-    """x + gate y, in place. x, y: [B, L, D], x fp32; gate: [B, R, D], rows chosen by `split`."""
-    for row, tokens in _rows(gate.shape[1], split):
-        x[:, tokens].addcmul_(y[:, tokens], gate[:, row])
-    return x
-
-
-def _rows(rows: int, split: int) -> Sequence[tuple[slice, slice]]:
-    if rows == 1:
-        return ((slice(0, 1), slice(None)),)
-    return (slice(0, 1), slice(0, split)), (slice(1, 2), slice(split, None))
 
 
 def sinusoid(timestep: Tensor, dim: int) -> Tensor:
@@ -213,43 +262,7 @@ def sinusoid(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
-def rotation_table(grid: Grid, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """3-D RoPE (arXiv 2104.09864): [L, K/2] complex64, unit vectors exp(i position frequency).
-
-    Each axis has its own ladder of frequencies: with K = 128, 22 pairs for time, 21 for height, 21 for width.
-    """
-    axis = 2 * (head_dim // 6)
-    angles = []
-    for size, width in zip(grid, (head_dim - 2 * axis, axis, axis), strict=True):
-        frequency = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
-        angles.append(torch.outer(torch.arange(size, dtype=torch.float64, device=device), frequency))
-    T, H, W = grid
-    t, h, w = angles
-    angle = torch.cat(
-        [
-            t[:, None, None].expand(T, H, W, -1),
-            h[None, :, None].expand(T, H, W, -1),
-            w[None, None, :].expand(T, H, W, -1),
-        ],
-        dim=-1,
-    ).reshape(T * H * W, head_dim // 2)
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn adjacent pairs of channels. x: [B, L, N, K]; rotation: [L, K/2] complex64. Returns fp32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation[:, None]).flatten(-2)
-
-
 def grid_of(shape: Sequence[int]) -> Grid:
     """(T, H/2, W/2) patches of latents [..., T, H, W]."""
     T, H, W = shape[-3:]
     return T // PATCH[0], H // PATCH[1], W // PATCH[2]
-
-
-def unpatchify(tokens: Tensor, grid: Grid) -> Tensor:
-    """[B, L, 4C], the channel fastest within a patch, -> [B, C, T, H, W]."""
-    T, h, w = grid
-    patches = tokens.reshape(tokens.shape[0], T, h, w, *PATCH[1:], -1)
-    return patches.permute(0, 6, 1, 2, 4, 3, 5).reshape(tokens.shape[0], -1, T, h * 2, w * 2)

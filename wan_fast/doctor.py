@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import wan_fast
+from wan_fast.config import EngineConfig
 from wan_fast.device import describe, gpu_list
 from wan_fast.planning import kernel_plan
 
@@ -55,4 +56,5 @@ def _extension() -> str:
 def _kernels() -> dict[str, str]:
     device = describe("auto")
     dtype = "fp32" if device.type == "cpu" else "bf16"
-    return {choice.op: f"{choice.backend} ({choice.why})" for choice in kernel_plan("auto", device, dtype)}
+    choices = kernel_plan(EngineConfig(task="ti2v-5B"), device, dtype)
+    return {choice.op: f"{choice.backend} ({choice.why})" for choice in choices}

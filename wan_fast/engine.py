@@ -16,15 +16,16 @@ from torch.profiler import record_function
 
 from wan_fast import checkpoint as checkpoints
 from wan_fast import manifest, video
-from wan_fast.attention import backend as attention_backend
+from wan_fast.attention import Attention, choose, first_that_runs, sdpa
 from wan_fast.checkpoint import Part
 from wan_fast.conditioning import PREPARE, Conditioning
 from wan_fast.config import EngineConfig, Request, WanFastError
-from wan_fast.dit import Context, WanDiT, grid_of
+from wan_fast.dit import Context, WanDiT, fuse, grid_of
 from wan_fast.encoders import TextEncoder, Tokenizer
-from wan_fast.kernels import frames_to_uint8
+from wan_fast.kernels import frames_to_uint8, only_reference
 from wan_fast.planning import GIB, Plan, Setup, plan, set_up
 from wan_fast.sampler import denoise
+from wan_fast.solver import Solver
 from wan_fast.steps import Step
 from wan_fast.vae import WanVAE
 
@@ -77,7 +78,7 @@ class Engine:
         self.spec = config.spec
         self.device = torch.device(self._setup.device.name)
         self.dtype = torch.bfloat16 if self._setup.dtype == "bf16" else torch.float32
-        self._attention = attention_backend(self._setup.kernels[0].backend)
+        self._settle_attention()
         self._seconds: dict[str, float] = {}
         with self._stage("load"), _memory_guard(self._setup, f"weights of {opened.num_bytes / GIB:.2f} GiB as stored"):
             self._load(opened, on_progress or _silent)
@@ -115,6 +116,7 @@ class Engine:
         frames = torch.empty(todo.request.num_frames, height, width, 3, dtype=torch.uint8)
         with (
             torch.inference_mode(),
+            only_reference(self.config.kernels == "reference"),
             tf32_convolutions(todo.dtype == "bf16"),
             _memory_guard(self._setup, f"peaks of {peaks}"),
         ):
@@ -144,7 +146,7 @@ class Engine:
     ) -> Tensor:
         rows = [[0.0, s.timestep] if conditioning.split else [s.timestep] for s in todo.steps]
         timesteps = torch.tensor(rows, device=self.device)[:, None]  # [steps, 1, R]
-        noise = self._noise(todo)
+        solver = Solver(todo.steps, self._noise(todo), conditioning.known)
         contexts: dict[tuple[str, str], Context] = {}
 
         def velocity(step: Step, latents: Tensor, branch: str) -> Tensor:
@@ -161,7 +163,8 @@ class Engine:
 
         progress("denoise", 0, len(todo.steps))
         try:
-            return denoise(todo.steps, noise, velocity, known=conditioning.known, on_step=report)
+            denoise(todo.steps, solver.latents, velocity, solver, on_step=report)
+            return solver.latents
         finally:
             self._expert(None)
 
@@ -187,6 +190,22 @@ class Engine:
             return load_file(todo.request.noise)["noise"].float().to(self.device)
         generator = torch.Generator(self.device).manual_seed(todo.request.seed)
         return torch.randn(todo.latent_shape, generator=generator, device=self.device)
+
+    def _settle_attention(self) -> None:
+        """Take the planned backend if it runs, else the next that may stand for it; the plan then says so."""
+        self._attention: Attention = sdpa
+        if self.device.type == "cpu":
+            return
+        opened, device = self._setup.checkpoint, self._setup.device
+        assert opened is not None and device.capability
+        expert = next(iter(opened.experts.values()))
+        dims = manifest.DiTDims.of_shapes(expert.shapes, expert.config)
+        rows = choose(self.config.attention, device.capability, self._setup.dtype)
+        row, self._attention, failures = first_that_runs(rows, self.device, self.dtype, dims.num_heads, dims.head_dim)
+        if failures:
+            planned, *others = self._setup.kernels
+            said = replace(planned, backend=row.name, why="; ".join(failures))
+            self._setup = replace(self._setup, kernels=(said, *others))
 
     # --- models and where they are ------------------------------------------------------------------------------------
 
@@ -297,6 +316,9 @@ def load_model(
     state = {}
     for name, tensor in checkpoints.read_tensors(part):
         state[name] = (tensor if through is None else tensor.to(through)).to(device, dtype(name))
+        before, part_of, _ = name.partition("self_attn.")
+        if part_of:  # as soon as they are there: never all of them twice
+            fuse(state, before + part_of)
         if report:
             report(tensor.nbytes)
     model.load_state_dict(state, assign=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from itertools import product
 from math import floor, prod, sqrt
 from pathlib import Path
@@ -118,7 +117,7 @@ def set_up(config: EngineConfig) -> Setup:
     device = describe(config.device)
     dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
     # last: on a GPU it has to import torch
-    kernels = kernel_plan(config.attention, device, dtype)
+    kernels = kernel_plan(config, device, dtype)
     return Setup(device=device, dtype=dtype, kernels=kernels, checkpoint=opened)
 
 
@@ -225,8 +224,12 @@ def _memory_plan(
         weights["text encoder"] = 0
     budget = config.vram if config.vram is not None else device.free
     dits = [label for label in weights if label.startswith("DiT")]
+    fused = all(kernel.backend != "reference" for kernel in setup.kernels)
     at_work = {"text": ["text encoder"], "denoise": dits, "decode": ["VAE"]}
-    working = {"text": _text_bytes(models.text, size), "denoise": _denoise_bytes(models.experts, latent_shape, size)}
+    working = {
+        "text": _text_bytes(models.text, size),
+        "denoise": _denoise_bytes(models.experts, latent_shape, size, fused),
+    }
     if request.image is not None:
         at_work["encode"] = ["VAE"]
         working["encode"] = _decode_bytes(models.vae, (latent_shape[0], 1, *latent_shape[2:]), 1)
@@ -269,18 +272,22 @@ def _text_bytes(text: manifest.Shapes, size: int) -> int:
     return 512 * (3 * 4 * heads * 512 + size * 4 * ffn_dim + 4 * 4 * dim)
 
 
-def _denoise_bytes(experts: Mapping[str, manifest.DiTDims], latent_shape: tuple[int, ...], size: int) -> int:
-    """Peak working bytes of a step: the residual stream, the larger of attention and feed-forward, text keys and values."""
+def _denoise_bytes(experts: Mapping[str, manifest.DiTDims], latent_shape: tuple[int, ...], size: int, fused: bool) -> int:
+    """Peak working bytes of a step: the residual stream, the larger of attention and feed-forward, text keys and values.
+
+    `fused`: with kernels; the references hold fp32 copies of q or k, and the turn of every token, beside them.
+    """
     L = prod(latent_shape[1:]) // prod(PATCH)
     largest = 0
     for dims in experts.values():
         D, F, S = dims.dim, dims.ffn_dim, dims.text_len
-        # beside y, q and k there are fp32 copies of the one being normed and turned; GELU holds its input and its output
-        attention = L * D * (3 * size + (12 if size == 4 else 9))
-        feed_forward = L * (D * size + 2 * F * size)
+        # the normed stream, q, k and v, what attention returns and its projection
+        attention = L * D * 6 * size if fused else L * D * (5 * size + 12) + L * dims.head_dim * 4
+        # what the block was given is held by its caller
+        feed_forward = L * (3 * D * size + F * size)
         text = 2 * len(experts) * dims.num_layers * 2 * S * D * size
-        largest = max(largest, L * D * 4 + max(attention, feed_forward) + L * dims.head_dim * 4 + text)
-    # latents, two velocities, three remembered predictions and the solver's temporaries
+        largest = max(largest, L * D * 4 + max(attention, feed_forward) + text)
+    # latents, two velocities, the solver's three, and tokens of the head
     return largest + 10 * 4 * prod(latent_shape)
 
 
@@ -312,39 +319,55 @@ def _check_noise(file: Path, latent_shape: tuple[int, ...]) -> None:
         )
 
 
-def kernel_plan(attention: str, device: Device, dtype: str) -> tuple[KernelChoice, ...]:
-    """The backend of every operation; `attention` is the one asked for, or "auto"."""
-    if device.type == "cpu":
-        frames = KernelChoice(op="frames_to_uint8", backend="reference", why="the device is a CPU")
-    else:
-        from wan_fast.kernels import backend, why_no_extension
+# those of wan_fast.kernels, which only a GPU's plan imports
+FUSED = (
+    *("adaln_modulate", "frames_to_uint8", "gated_residual_adaln", "gelu_tanh", "guidance_step"),
+    *("patchify", "qk_norm_rope", "unpatchify"),
+)
 
-        chosen = backend(device.name, "frames_to_uint8")
-        why = "auto: the extension is built for this GPU" if chosen == "cuda" else f"auto: {why_no_extension(device.name)}"
-        frames = KernelChoice(op="frames_to_uint8", backend=chosen, why=why)
+
+def kernel_plan(config: EngineConfig, device: Device, dtype: str) -> tuple[KernelChoice, ...]:
+    """The backend of every operation; attention first."""
     return (
-        _attention(attention, device, dtype),
+        _attention(config.attention, device, dtype),
         KernelChoice(op="linear", backend=f"torch {dtype}", why="the only one in this version"),
         KernelChoice(op="causal_conv3d", backend="torch fp32", why="the only one in this version"),
-        frames,
+        *(_fused(op, config.kernels, device) for op in FUSED),
     )
 
 
-_ATTENTION_PACKAGES = {"flash": ("flash_attn", "flash-attn"), "xformers": ("xformers", "xformers")}
+def _attention(asked: str, device: Device, dtype: str) -> KernelChoice:
+    if device.type == "cpu":
+        if asked not in ("auto", "sdpa"):
+            raise WanFastError(f"--attention {asked} needs a GPU, the device is {device.name}; take --attention auto")
+        return KernelChoice(op="attention", backend="sdpa", why="PyTorch's own, the one for a CPU")
+    from wan_fast.attention import choose
+
+    assert device.capability
+    best = choose(asked, device.capability, dtype)[0]
+    why = (
+        f"auto: the best of what is installed for compute capability {device.capability[0]}.x"
+        if asked == "auto"
+        else "asked for"
+    )
+    return KernelChoice(op="attention", backend=best.name, why=why)
 
 
-def _attention(name: str, device: Device, dtype: str) -> KernelChoice:
-    if name == "auto":
-        return KernelChoice(op="attention", backend="sdpa", why="auto: PyTorch's own, on every device")
-    if name != "sdpa":
-        module, package = _ATTENTION_PACKAGES[name]
-        if device.type == "cpu":
-            raise WanFastError(f"--attention {name} needs a GPU, the device is {device.name}; take --attention auto")
-        if name == "flash" and dtype != "bf16":
-            raise WanFastError(f"--attention flash computes in bf16, --dtype is {dtype}; take --dtype bf16")
-        if find_spec(module) is None:
-            raise WanFastError(f"--attention {name} needs the package {package}; pip install {package}")
-    return KernelChoice(op="attention", backend=name, why="asked for")
+def _fused(op: str, asked: str, device: Device) -> KernelChoice:
+    if device.type == "cpu":
+        return KernelChoice(op=op, backend="reference", why="the device is a CPU")
+    if asked == "reference":
+        return KernelChoice(op=op, backend="reference", why="asked for")
+    from wan_fast.kernels import KERNELS, backend, why_no_extension
+
+    chosen = backend(device.name, op)
+    if not KERNELS[op].has_cuda:
+        why = "auto: it exists in Triton alone"
+    elif chosen == "cuda":
+        why = "auto: the extension is built for this GPU"
+    else:
+        why = f"auto: {why_no_extension(device.name)}"
+    return KernelChoice(op=op, backend=chosen, why=why)
 
 
 def _flops(

@@ -118,10 +118,10 @@ def _stages(
         inside = [e for e in events if begin <= e.time_range.start < end and e.name not in STAGES]
         seconds: defaultdict[str, float] = defaultdict(float)
         calls = Counter[str]()
-        for event, taken in _busy(inside, on_gpu):
+        for event, taken in busy(inside, on_gpu):
             seconds[kind_of(event.name)] += taken / 1e6
             calls[kind_of(event.name)] += 1
-        busy = _covered(e.time_range for e, _ in _busy(inside, on_gpu)) / 1e6
+        occupied = _covered(e.time_range for e, _ in busy(inside, on_gpu)) / 1e6
         wall = (end - begin) / 1e6
         rows = [
             Row(kind, spent, calls[kind], _of_roof(work.get((name, kind)), kind, rates, spent))
@@ -130,10 +130,10 @@ def _stages(
         least = [_least(done, kind, rates) for (stage, kind), done in work.items() if stage == name]
         # a stage on a GPU ends with a wait of its own
         syncs = max(0, sum(e.name in _SYNCS[on_gpu] for e in inside) - on_gpu)
-        yield Stage(name, wall, max(0.0, wall - busy), syncs, sum(least) / wall if any(least) else None, tuple(rows))
+        yield Stage(name, wall, max(0.0, wall - occupied), syncs, sum(least) / wall if any(least) else None, tuple(rows))
 
 
-def _busy(events: Iterable[Any], on_gpu: bool) -> Iterator[tuple[Any, float]]:
+def busy(events: Iterable[Any], on_gpu: bool) -> Iterator[tuple[Any, float]]:
     """The events that occupy the device, with their own microseconds: kernels on a GPU, operators on a CPU."""
     for event in events:
         if on_gpu and event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):

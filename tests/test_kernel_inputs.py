@@ -1,0 +1,115 @@
+"""What the operators refuse: each says what it was given and what it wants, and changes nothing."""
+
+import pytest
+import torch
+
+from wan_fast import kernels
+
+B, L, D, N, K = 2, 6, 96, 4, 24
+GRID = (1, 2, 3)
+
+
+def good(op):
+    """Arguments that are taken."""
+
+    def rows(R=1):
+        return torch.zeros(B, R, D)
+
+    x, latents = torch.ones(B, L, D), [torch.ones(3, 2, 4, 6) for _ in range(6)]
+    return {
+        "adaln_modulate": {"x": x, "shift": rows(), "scale": rows(), "split": 0},
+        "gated_residual_adaln": {"x": x, "y": x.clone(), "gate": rows(2), "shift": rows(), "scale": rows(), "split": 3},
+        "qk_norm_rope": {
+            "x": torch.ones(B, L, 3, D),
+            "weight": torch.ones(2, D),
+            "table": kernels.rope_table(3, K),
+            "grid": GRID,
+            "offset": 0,
+            "heads": N,
+        },
+        "gelu_tanh": {"x": x, "bias": torch.ones(D)},
+        "guidance_step": {
+            **dict(zip(("latents", "sample", "older", "oldest", "conditional", "unconditional"), latents, strict=True)),
+            "weights": torch.ones(10),
+            "known": torch.ones(3, 1, 4, 6),
+        },
+        "patchify": {"latents": torch.ones(B, 3, 2, 4, 6)},
+        "unpatchify": {"tokens": torch.ones(B, 12, 12), "shape": (2, 4, 6)},
+    }[op]
+
+
+def turned(*shape):
+    """Not contiguous: its last two dimensions lie the other way round."""
+    return torch.ones(*shape[:-2], shape[-1], shape[-2]).mT
+
+
+BAD = [
+    ("adaln_modulate", {"x": torch.ones(L, D)}, r"x \[B, L, D\].*got x \(6, 96\)"),
+    ("adaln_modulate", {"shift": torch.ones(B, 3, D)}, r"1 or 2.*shift \(2, 3, 96\)"),
+    (
+        "adaln_modulate",
+        {"shift": torch.ones(B, 2, D)},
+        r"as many rows of scale as of shift; got shift \(2, 2, 96\), scale \(2, 1",
+    ),
+    ("adaln_modulate", {"scale": torch.ones(B, 1, D - 1)}, r"scale \(2, 1, 95\)"),
+    ("adaln_modulate", {"scale": torch.ones(B + 1, 1, D)}, r"scale \(3, 1, 96\)"),
+    ("adaln_modulate", {"scale": torch.ones(B, 1, D).bfloat16()}, r"scale in float32, got bfloat16"),
+    ("adaln_modulate", {"shift": turned(B, 2, D)[:, :1]}, r"rows of shift dense"),
+    ("adaln_modulate", {"x": torch.ones(B, L, D).double()}, r"x in float32 or bfloat16 or float16, got float64"),
+    ("adaln_modulate", {"x": turned(B, L, D)}, r"x contiguous, got strides \(576, 1, 6\).*call .contiguous\(\)"),
+    ("adaln_modulate", {"split": L + 1}, r"split from 0 to 6, the number of tokens; got 7"),
+    ("adaln_modulate", {"split": -1}, r"got -1"),
+    ("adaln_modulate", {"dtype": torch.int8}, r"result in float32 or bfloat16 or float16, got int8"),
+    ("gated_residual_adaln", {"y": torch.ones(B, L - 1, D)}, r"y shaped as x; got x \(2, 6, 96\), y \(2, 5, 96\)"),
+    ("gated_residual_adaln", {"y": turned(B, L, D)}, r"y contiguous"),
+    ("gated_residual_adaln", {"x": torch.ones(B, L, D, dtype=torch.int32)}, r"x in float32 .*got int32"),
+    ("gated_residual_adaln", {"gate": torch.ones(B, 3, D)}, r"gate \[B, 1 or 2, D\]; got x \(2, 6, 96\), gate \(2, 3, 96\)"),
+    ("gated_residual_adaln", {"split": 7}, r"got 7"),
+    ("gated_residual_adaln", {"dtype": torch.float64}, r"result in .*got float64"),
+    ("qk_norm_rope", {"x": torch.ones(B, L, D)}, r"x \[B, L, M, D\]"),
+    ("qk_norm_rope", {"x": torch.ones(B, L, 1, D)}, r"P <= M"),
+    ("qk_norm_rope", {"x": turned(B, L, 3, D)}, r"x contiguous"),
+    ("qk_norm_rope", {"weight": torch.ones(2, D).double()}, r"weight in .*got float64"),
+    ("qk_norm_rope", {"heads": 5}, r"heads of an even width, got 5 heads of a width of 96"),
+    ("qk_norm_rope", {"heads": 32}, r"even width, got 32"),
+    ("qk_norm_rope", {"grid": (1, 2, 2)}, r"tokens within the grid \(1, 2, 2\), got 6 from number 0 on"),
+    ("qk_norm_rope", {"offset": 1}, r"from number 1 on"),
+    ("qk_norm_rope", {"table": kernels.rope_table(2, K)}, r"a table \[2, 3 or more, 12\]; got table \(2, 2, 12\)"),
+    ("qk_norm_rope", {"table": kernels.rope_table(3, K).bfloat16()}, r"table in float32, got bfloat16"),
+    ("gelu_tanh", {"bias": torch.ones(D + 1)}, r"bias \[F\]; got x \(2, 6, 96\), bias \(97,\)"),
+    ("gelu_tanh", {"x": turned(B, L, D)}, r"x contiguous"),
+    ("gelu_tanh", {"x": torch.ones(B, L, D).long()}, r"got int64"),
+    ("guidance_step", {"sample": torch.ones(3, 2, 4, 5)}, r"all others so; got latents \(3, 2, 4, 6\), sample \(3, 2, 4, 5\)"),
+    ("guidance_step", {"weights": torch.ones(9)}, r"weights \[10\]; got weights \(9,\)"),
+    ("guidance_step", {"known": torch.ones(3, 3, 4, 6)}, r"known \[C, t <= T, H, W\]"),
+    ("guidance_step", {"conditional": torch.ones(3, 2, 4, 6).half()}, r"conditional in float32, got float16"),
+    ("guidance_step", {"latents": turned(3, 2, 4, 6)}, r"latents contiguous"),
+    ("patchify", {"latents": torch.ones(B, 3, 2, 5, 6)}, r"H and W even; got latents \(2, 3, 2, 5, 6\)"),
+    ("patchify", {"latents": turned(B, 3, 2, 4, 6)}, r"latents contiguous"),
+    ("patchify", {"dtype": torch.int32}, r"result in .*got int32"),
+    ("unpatchify", {"shape": (2, 4, 8)}, r"tokens \[B, 16, 4 C\] for latents of \(2, 4, 8\); got tokens \(2, 12, 12\)"),
+    ("unpatchify", {"tokens": torch.ones(B, 12, 13)}, r"got tokens \(2, 12, 13\)"),
+    ("unpatchify", {"tokens": turned(B, 12, 12)}, r"tokens contiguous"),
+]
+
+
+@pytest.mark.parametrize("op", sorted({op for op, _, _ in BAD}))
+def test_what_is_right_is_taken(op):
+    getattr(kernels, op)(**good(op))
+
+
+@pytest.mark.parametrize(("op", "change", "said"), BAD, ids=lambda value: value if isinstance(value, str) else None)
+def test_what_is_wrong_is_refused(op, change, said):
+    arguments = good(op) | change
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(ValueError, match=f"{op} wants .*{said}"):
+        getattr(kernels, op)(**arguments)
+    for name, value in before.items():
+        assert torch.equal(arguments[name], value)
+
+
+@pytest.mark.parametrize("op", ["adaln_modulate", "gelu_tanh"])
+def test_tensors_of_two_devices_are_refused(op):
+    first, *_, last = (name for name, value in good(op).items() if isinstance(value, torch.Tensor))
+    with pytest.raises(ValueError, match=rf"{op} wants all tensors on one device, got {first} on cpu, .*{last} on meta"):
+        getattr(kernels, op)(**good(op) | {last: good(op)[last].to("meta")})
