@@ -103,15 +103,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     text = table(compiled())
     print(text)
-    file = RESULTS / "compiled_kernels.md"
-    file.write_text(
-        "# What the fused kernels' binaries use\n\n"
-        f"Compiled by Triton {triton.__version__} at the shapes of real videos by `python -m bench.kernels --compiled`: "
-        "registers per thread,\nand the share of a multiprocessor's warps that can be resident, predicted from registers, "
-        "shared memory and block size. None spills.\n\n" + text + "\n",
-        encoding="utf-8",
-    )
+    (RESULTS / "compiled_kernels.md").write_text(page(text, triton.__version__), encoding="utf-8")
     return 0
+
+
+def page(text: str, version: str) -> str:
+    return (
+        "# What the fused kernels' binaries use\n\n"
+        f"Compiled by Triton {version} at the shapes of real videos by `python -m bench.kernels --compiled`: registers per\n"
+        "thread, and the share of a multiprocessor's warps that can be resident, predicted from registers, shared memory and\n"
+        f"block size. None spills.\n\n{text}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from wan_fast import manifest
 from wan_fast.attention import Attention, choose, first_that_runs, sdpa
 from wan_fast.checkpoint import locate, open_checkpoint
 from wan_fast.config import EngineConfig, Request
-from wan_fast.counting import kind_of
 from wan_fast.dit import WanDiT, grid_of
 from wan_fast.kernels import only_reference
 from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
@@ -190,18 +189,19 @@ def shares(dims: DiTDims, shape: tuple[int, ...], dtype: torch.dtype, device: to
             forward()
             _now(device)
     spent: dict[str, float] = {}
-    for event, microseconds in busy(profiler.events() or [], on_gpu):
-        spent[kind_of(event.name)] = spent.get(kind_of(event.name), 0.0) + microseconds
+    for _, kind, microseconds in busy(profiler.events() or [], on_gpu):
+        spent[kind] = spent.get(kind, 0.0) + microseconds
     whole = sum(spent.values())
     return {kind: part / whole for kind, part in sorted(spent.items(), key=lambda item: -item[1])}
 
 
 def recipe(dims: DiTDims, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Work:
-    """What each habit of the official step costs: ours, ours with one of them, and with all."""
+    """What each habit of the official step costs: the unfused step with none of them, with one, and with all."""
     parts = make_dit(dims, shape, dtype, device)
     model, x, t, context = (parts[name] for name in ("model", "x", "t", "context"))
     none = Habits(text_every_step=False, modulation_per_token=False, rotation_in_fp64=False)
     habits = {
+        "unfused, with none of them": none,
         "text projected every step": replace(none, text_every_step=True),
         "modulation per token": replace(none, modulation_per_token=True),
         "rotation in fp64": replace(none, rotation_in_fp64=True),

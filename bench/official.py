@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from wan_fast.dit import Block, Context, CrossAttention, Grid, KeysValues, SelfAttention, WanDiT, grid_of, sinusoid
 from wan_fast.kernels import unpatchify
+from wan_fast.kernels.qk_norm_rope import rotation
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +47,27 @@ def official_step(
     grid = grid_of(latents.shape)
     if habits.text_every_step:
         context = model.prepare(text, grid)
-    rotation = rotation_table(grid, model.dims.head_dim, latents.device)
-    if not habits.rotation_in_fp64:
-        rotation = rotation.to(torch.complex64)
     x = model.embed(latents)
+    K = model.dims.head_dim
+    if habits.rotation_in_fp64:
+        turn = rotation_table(grid, K, latents.device)
+    else:
+        turn = rotation(context.table, x.shape[1], grid, 0, K)[:, 0]
     if habits.modulation_per_token:
         timestep = timestep.expand(-1, x.shape[1])
     time = model.time_embedding(sinusoid(timestep, model.dims.freq_dim))  # [B, L or 1, D]
     modulation = model.time_projection(time).unflatten(-1, (6, -1))  # [B, L or 1, 6, D]
     for block, keys_values in zip(model.blocks, context.keys_values, strict=True):
-        x = _block(block, x, modulation, rotation, keys_values)
+        x = _block(block, x, modulation, turn, keys_values)
     shift, scale = (model.head.modulation + time[:, :, None]).unbind(2)
     return unpatchify(model.head.head(_modulate(x, shift, scale, model.dims.eps)), latents.shape[2:])
 
 
-def _block(block: Block, x: Tensor, modulation: Tensor, rotation: Tensor, keys_values: KeysValues) -> Tensor:
+def _block(block: Block, x: Tensor, modulation: Tensor, turn: Tensor, keys_values: KeysValues) -> Tensor:
     shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + modulation).unbind(2)
     dtype = block.self_attn.qkv.weight.dtype
     y = _modulate(x, shift1, scale1, block.eps).to(dtype)
-    x = x + _self_attention(block.self_attn, y, rotation) * gate1
+    x = x + _self_attention(block.self_attn, y, turn) * gate1
     x = x + _cross_attention(block.cross_attn, block.norm3(x).to(dtype), keys_values)
     y = _modulate(x, shift2, scale2, block.eps).to(dtype)
     up, gelu, down = block.ffn
@@ -75,11 +78,11 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
-def _self_attention(layer: SelfAttention, x: Tensor, rotation: Tensor) -> Tensor:
+def _self_attention(layer: SelfAttention, x: Tensor, turn: Tensor) -> Tensor:
     q, k, v = (F.linear(x, *part) for part in zip(layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3), strict=True))
     weight_q, weight_k = layer.norm_qk.chunk(2)
-    q = _turn(_rms_norm(q, weight_q, layer.eps).unflatten(-1, layer.heads), rotation).to(x.dtype)
-    k = _turn(_rms_norm(k, weight_k, layer.eps).unflatten(-1, layer.heads), rotation).to(x.dtype)
+    q = _turn(_rms_norm(q, weight_q, layer.eps).unflatten(-1, layer.heads), turn).to(x.dtype)
+    k = _turn(_rms_norm(k, weight_k, layer.eps).unflatten(-1, layer.heads), turn).to(x.dtype)
     return layer.o(layer.attention(q, k, v.unflatten(-1, layer.heads)).flatten(2))
 
 
@@ -104,8 +107,8 @@ def rotation_table(grid: Grid, head_dim: int, device: torch.device) -> Tensor:
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def _turn(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotation in the precision of `rotation`: [L, K/2] complex64 or complex128."""
-    real = torch.float64 if rotation.dtype == torch.complex128 else torch.float32
+def _turn(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotation in the precision of `turn`: [L, K/2] complex64 or complex128."""
+    real = torch.float64 if turn.dtype == torch.complex128 else torch.float32
     pairs = torch.view_as_complex(x.to(real).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation[:, None]).flatten(-2).float()
+    return torch.view_as_real(pairs * turn[:, None]).flatten(-2).float()

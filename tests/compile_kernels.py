@@ -100,7 +100,13 @@ def main(capabilities: list[int]) -> None:
         compiled.clear()
         KERNELS[case.op].launch(*case.inputs(dtype))
         name = f"{case.op}-{case.id}-{str(dtype).removeprefix('torch.')} on sm_{capability}"
-        facts = {"case": name, "capability": capability, "budget": case.registers, "narrow": case.narrow}
+        facts = {
+            "case": name,
+            "capability": capability,
+            "budget": case.registers,
+            "loads": case.narrow_loads,
+            "stores": case.narrow_stores,
+        }
         rows += [facts | usage(kernel) for kernel in compiled]
     json.dump(rows, sys.stdout)
 

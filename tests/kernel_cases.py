@@ -30,14 +30,15 @@ class Case(NamedTuple):
 
 
 class RealCase(NamedTuple):
-    """One real shape, and what every kernel launched for it may use at most: registers per thread, and loads narrower than
-    128 bits, among which there is no store; None where the layout allows no others."""
+    """One real shape, and what every kernel launched for it may use at most: registers per thread, loads and stores narrower
+    than 128 bits; None leaves them open."""
 
     op: str
     id: str
     inputs: Inputs
     registers: int
-    narrow: int | None = None
+    narrow_loads: int | None = None
+    narrow_stores: int | None = None
 
 
 def _frames(F: int, H: int, W: int, margin: int = 0) -> Callable[[torch.dtype], Tensor]:
@@ -174,6 +175,7 @@ def _cases() -> list[Case]:
             ((1, 14336), True),
             ((7,), True),
             ((0, 4), True),
+            ((1560, 8), True),
         ]
     ]
     guidance = [
@@ -200,6 +202,7 @@ def _cases() -> list[Case]:
             (1, 1, 1, 2, 2),
             (1, 36, 1, 2, 4),
             (2, 3, 0, 2, 2),
+            (1, 16, 21, 60, 104),
         ]
     ]
     return [*adaln, *gated, *rope, *gelu, *guidance, *patches]
@@ -264,8 +267,8 @@ def _real_dit_cases() -> list[RealCase]:
         rows = [_meta32(1, R, 6, D)(torch.float32)[:, :, i] for i in range(3)]
         norm = [_meta32(1, 1, D)(torch.float32)] * 2
 
-        def add(op: str, name: str, inputs: Inputs, registers: int, narrow: int | None) -> None:
-            cases.append(RealCase(op, name, inputs, registers, narrow))
+        def add(op: str, name: str, inputs: Inputs, registers: int, loads: int | None, stores: int | None = 0) -> None:
+            cases.append(RealCase(op, name, inputs, registers, loads, stores))
 
         def itself(dtype: torch.dtype) -> torch.dtype:
             return dtype
@@ -281,7 +284,7 @@ def _real_dit_cases() -> list[RealCase]:
         add("gelu_tanh", task, _args(_meta(1, L, F), None), 40, 0)
         add("guidance_step", task, _args(*clips, _meta32(10), _meta32(C, 1, 2 * H, 2 * W)), 64, 10)
         add("patchify", task, _args(_meta32(1, *latents), itself), 80, None)
-        add("unpatchify", task, _args(_meta32(1, L, 4 * C), (T, 2 * H, 2 * W)), 80, None)
+        add("unpatchify", task, _args(_meta32(1, L, 4 * C), (T, 2 * H, 2 * W)), 80, 0, None)
     return cases
 
 

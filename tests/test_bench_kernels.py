@@ -36,4 +36,5 @@ def test_table_has_a_column_per_architecture():
 def test_the_table_that_is_kept_has_every_case():
     kept = (ROOT / "bench" / "results" / "compiled_kernels.md").read_text()
     names = set(re.findall(r"^\| `(\S+)-(?:float32|bfloat16)`", kept, re.MULTILINE))
+    assert kept == kernels.page(kept[kept.index("| kernel") :].rstrip("\n"), re.search(r"Triton (\S+)", kept)[1])
     assert names == {f"{case.op}-{case.id}" for case in REAL_CASES}

@@ -3,6 +3,8 @@ from functools import partial
 
 import pytest
 import torch
+from kernel_cases import CASES as SMALL_CASES
+from kernel_cases import arguments, run
 from models import random_dit
 
 from bench import networks, operations, registry
@@ -10,9 +12,10 @@ from bench.cases import CASES
 from bench.official import Habits, official_step
 from bench.registry import OURS, Case, NotHere, Work
 from bench.timer import measure
-from wan_fast import manifest
+from wan_fast import kernels, manifest
 from wan_fast.counting import counted
 from wan_fast.dit import grid_of
+from wan_fast.kernels import KERNELS
 from wan_fast.manifest import DiTDims
 
 META, CPU = torch.device("meta"), torch.device("cpu")
@@ -47,6 +50,26 @@ def test_denoising_runs_every_step_in_both_branches():
         work = networks.denoising("t2v-1.3B", (64, 64, 5), 2, META)
         flops = sum(done.flops for done in counted(work.arms[OURS]()).values())
     assert flops == pytest.approx(work.flops, rel=0.02)
+
+
+@pytest.mark.parametrize("id", ["B2-2x3x2-N4-K24-2of3-from0", "B1-1x1x2-N24-K128-1of1-from0"])
+def test_the_chain_that_is_compiled_computes_the_same(id):
+    kernel, case = KERNELS["qk_norm_rope"], next(case for case in SMALL_CASES if case.id == id)
+    args = arguments(case, torch.float32, CPU)
+    chain = operations.rope_in_reals(args)
+    torch.testing.assert_close(run(kernel, chain, args), run(kernel, kernel.reference, args))
+
+
+def test_bytes_of_what_changes_in_place_are_those_that_move():
+    """Read once and written once; v, which is not touched, not at all."""
+    meta = {"device": "meta"}
+    with torch.no_grad():
+        x = torch.empty(2, 5, 3, 96, **meta)
+        table, weight = torch.empty(2, 5, 12, **meta), torch.empty(2, 96, **meta)
+        done = counted(lambda: kernels.qk_norm_rope(x, weight, table, grid=(5, 1, 1), heads=4))
+        assert done["wan_fast kernel"].bytes == 4 * (2 * 2 * 5 * 2 * 96 + 2 * 96 + 2 * 5 * 12)
+        done = counted(lambda: kernels.gelu_tanh(torch.empty(7, 96, **meta)))
+        assert done["wan_fast kernel"].bytes == 2 * 4 * 7 * 96
 
 
 def test_shares_of_a_forward():

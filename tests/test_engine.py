@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import wan_fast
 from wan_fast import Engine, EngineConfig, Request, WanFastError
 from wan_fast.checkpoint import locate
+from wan_fast.kernels import _op
 from wan_fast.tasks import TASKS
 
 PROMPT = "A red ball &amp; its shadow  bounce"
@@ -90,6 +91,46 @@ def test_tf32_only_in_the_convolutions_of_bf16_runs(engine, dtype, monkeypatch):
     )
     assert set(seen) == {(dtype == "bf16", False, before[1])}
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cudnn.enabled) == before
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_reference_kernels_run_where_they_are_asked_for(kernels):
+    seen = []
+    Engine(replace(TINY, kernels=kernels)).generate(
+        SMALL,
+        on_step=lambda step: seen.append(_op._only_reference.get()),
+        on_frames=lambda chunk: seen.append(_op._only_reference.get()),
+    )
+    assert set(seen) == {kernels == "reference"} and not _op._only_reference.get()
+
+
+def test_the_backend_that_runs_is_the_one_that_the_plan_names(monkeypatch, caplog):
+    """Where the planned one does not, the next one is taken, and said."""
+    import wan_fast.engine as module
+
+    def other(q, k, v):
+        raise AssertionError("only named")
+
+    monkeypatch.setattr(module, "sdpa", other)
+    engine = Engine(TINY)
+    layers = [getattr(block, name) for block in engine.models["model"].blocks for name in ("self_attn", "cross_attn")]
+    assert all(layer.attention is other for layer in layers)
+    # as on a Hopper without flash-attn, whose cuDNN refuses
+    hopper = replace(engine._setup.device, name="cuda:0", capability=(9, 0))
+    monkeypatch.setattr(engine, "_setup", replace(engine._setup, device=hopper, dtype="bf16"))
+    monkeypatch.setattr(engine, "device", torch.device("cuda"))
+    tried = []
+
+    def first_that_runs(rows, *args):
+        tried.extend(row.name for row in rows)
+        return rows[1], other, ["sdpa cudnn does not run here: no"]
+
+    monkeypatch.setattr(module, "first_that_runs", first_that_runs)
+    with caplog.at_level("INFO"):
+        engine._settle_attention()
+    assert tried[0] == "sdpa cudnn" and engine._attention is other
+    assert (engine._setup.kernels[0].backend, engine._setup.kernels[0].why) == (tried[1], "sdpa cudnn does not run here: no")
+    assert f"attention: sdpa cudnn does not run here: no; {tried[1]}" in caplog.text
 
 
 def test_bf16_stays_near_fp32(engine):

@@ -86,8 +86,9 @@ class Backend:
 # cuDNN (arXiv 2407.08608 and the projects' own pages). flash-attn 2 is the kernel that PyTorch's flash is made of.
 BACKENDS = (
     Backend(
-        name="flash-attn 3", flag="flash", majors=range(9, 10), best_on=range(9, 10), module="flash_attn_interface",
-        package="flash-attn 3: build the folder hopper of its repository", make=_flash_3,
+        name="flash-attn 3", flag="flash", majors=range(9, 10), best_on=range(9, 10), make=_flash_3,
+        module="flash_attn_interface",
+        package="flash-attn 3: pip install 'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper'",
     ),
     Backend(
         name="flash-attn 4", flag="flash", majors=range(9, 13), best_on=range(10, 12), module="flash_attn.cute",
@@ -108,8 +109,11 @@ BACKENDS = (
         package="xformers: pip install xformers", make=_xformers,
     ),
     Backend(
-        name="sdpa efficient", flag="sdpa", majors=range(5, 100), best_on=range(5, 100), dtypes=("bf16", "fp32"),
+        name="sdpa efficient", flag="sdpa", majors=range(8, 100), best_on=range(8, 100), dtypes=("bf16", "fp32"),
         make=_sdpa_by(SDPBackend.EFFICIENT_ATTENTION),
+    ),
+    Backend(
+        name="sdpa", flag="sdpa", majors=range(100), best_on=range(100), dtypes=("bf16", "fp32"), make=lambda: sdpa
     ),
 )  # fmt: skip
 
@@ -127,9 +131,10 @@ def choose(asked: str, capability: tuple[int, int], dtype: str) -> list[Backend]
         raise WanFastError(f"--attention {asked} computes in {rows[0].dtypes[0]}, --dtype is {dtype}; take --attention auto")
     fitting = [row for row in able if major in row.majors]
     if not fitting:
+        lowest, highest = min(row.majors[0] for row in able), max(row.majors[-1] for row in able)
         raise WanFastError(
-            f"--attention {asked} runs on compute capability {min(row.majors.start for row in able)}.0 and newer, this GPU has "
-            f"{major}.{capability[1]}; take --attention auto"
+            f"--attention {asked} runs on compute capability {lowest}.0 to {highest}.x, this GPU has {major}.{capability[1]}; "
+            "take --attention auto"
         )
     found = [row for row in fitting if installed(row.module)]
     if not found:

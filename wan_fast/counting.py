@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 
 from wan_fast.dit import WanDiT, grid_of
 from wan_fast.engine import Engine
-from wan_fast.kernels import KERNELS, frames_to_uint8
+from wan_fast.kernels import KERNELS, frames_to_uint8, guidance_step
 from wan_fast.manifest import VaeDims
 from wan_fast.planning import Plan
 from wan_fast.vae import WanVAE
@@ -68,10 +68,12 @@ def count_work(engine: Engine, todo: Plan) -> dict[tuple[str, str], Work]:
             context = model.prepare([torch.empty(1, model.dims.text_dim)], grid_of(latents.shape))
             for kind, done in counted(partial(model, latents, timestep, context)).items():
                 work["denoise", kind] = work.get(("denoise", kind), Work()) + done * count
+        clip = torch.empty(todo.latent_shape)
+        stepped = counted(partial(guidance_step, clip, clip, clip, clip, clip, clip, torch.empty(10)))["wan_fast kernel"]
+        work["denoise", "wan_fast kernel"] = work.get(("denoise", "wan_fast kernel"), Work()) + stepped * len(todo.steps)
         shapes = {name: tuple(t.shape) for name, t in engine.models["vae"].state_dict().items()}
         vae = _on_meta(engine.models["vae"], WanVAE(VaeDims.of_shapes(shapes)))
-        z = torch.empty(todo.latent_shape)
-        decoded = counted(lambda: [frames_to_uint8(c) for c in vae.decode_chunks(z, chunk=todo.memory.decode_chunk)])
+        decoded = counted(lambda: [frames_to_uint8(c) for c in vae.decode_chunks(clip, chunk=todo.memory.decode_chunk)])
         work |= {("decode", kind): done for kind, done in decoded.items()}
     return work
 
@@ -82,6 +84,14 @@ def counted(call: Callable[[], object]) -> dict[str, Work]:
     with _Count() as count, _CountAttention(count):
         call()
     return dict(count.work)
+
+
+def not_touched(op: Any, args: Sequence[Any]) -> float:
+    """Bytes of the arguments, as read and as written, that an operator leaves alone."""
+    if op is not KERNELS["qk_norm_rope"].op:
+        return 0
+    x, weight = args[:2]
+    return 2 * x.nbytes * (1 - weight.shape[0] / x.shape[2])
 
 
 class _Count(TorchDispatchMode):
@@ -96,14 +106,17 @@ class _Count(TorchDispatchMode):
         if not func.is_view:
             formula = flop_registry.get(func._overloadpacket)
             flops = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
-            self.add(str(func._schema.name), flops, (args, kwargs, out))
+            self.add(str(func._schema.name), flops, (args, kwargs, out), less=not_touched(func, args))
+            if out is None:  # what it changed it has written
+                written = [a for a, is_ in zip(args, func._schema.arguments, strict=False) if is_.is_write]
+                self.add(str(func._schema.name), 0, written)
         return out
 
-    def add(self, name: str, flops: float, touched: Any) -> None:
+    def add(self, name: str, flops: float, touched: Any, less: float = 0) -> None:
         tensors = [leaf for leaf in tree_leaves(touched) if isinstance(leaf, Tensor)]
         # a broadcast tensor is read from what it really holds
         moved = sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors)
-        self.work[kind_of(name)] += Work(flops, moved)
+        self.work[kind_of(name)] += Work(flops, moved - less)
 
 
 class _CountAttention(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -202,6 +203,7 @@ class Engine:
         dims = manifest.DiTDims.of_shapes(expert.shapes, expert.config)
         rows = choose(self.config.attention, device.capability, self._setup.dtype)
         row, self._attention, failures = first_that_runs(rows, self.device, self.dtype, dims.num_heads, dims.head_dim)
+        logging.getLogger(__name__).info("attention: %s", "; ".join([*failures, row.name]))
         if failures:
             planned, *others = self._setup.kernels
             said = replace(planned, backend=row.name, why="; ".join(failures))

@@ -118,10 +118,10 @@ def _stages(
         inside = [e for e in events if begin <= e.time_range.start < end and e.name not in STAGES]
         seconds: defaultdict[str, float] = defaultdict(float)
         calls = Counter[str]()
-        for event, taken in busy(inside, on_gpu):
-            seconds[kind_of(event.name)] += taken / 1e6
-            calls[kind_of(event.name)] += 1
-        occupied = _covered(e.time_range for e, _ in busy(inside, on_gpu)) / 1e6
+        for _, kind, taken in busy(inside, on_gpu):
+            seconds[kind] += taken / 1e6
+            calls[kind] += 1
+        occupied = _covered(event.time_range for event, _, _ in busy(inside, on_gpu)) / 1e6
         wall = (end - begin) / 1e6
         rows = [
             Row(kind, spent, calls[kind], _of_roof(work.get((name, kind)), kind, rates, spent))
@@ -133,13 +133,19 @@ def _stages(
         yield Stage(name, wall, max(0.0, wall - occupied), syncs, sum(least) / wall if any(least) else None, tuple(rows))
 
 
-def busy(events: Iterable[Any], on_gpu: bool) -> Iterator[tuple[Any, float]]:
-    """The events that occupy the device, with their own microseconds: kernels on a GPU, operators on a CPU."""
+def busy(events: Iterable[Any], on_gpu: bool) -> Iterator[tuple[Any, str, float]]:
+    """The events that occupy the device, with their class and own microseconds: kernels on a GPU, operators on a CPU.
+
+    What the reference of an operator of ours is made of counts as that operator.
+    """
     for event in events:
         if on_gpu and event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
-            yield event, event.time_range.elapsed_us()
+            yield event, kind_of(event.name), event.time_range.elapsed_us()
         elif not on_gpu and event.device_type == DeviceType.CPU:
-            yield event, event.self_cpu_time_total
+            owner = event
+            while owner.cpu_parent is not None and not owner.name.startswith("wan_fast::"):
+                owner = owner.cpu_parent
+            yield event, kind_of((owner if owner.name.startswith("wan_fast::") else event).name), event.self_cpu_time_total
 
 
 def _covered(ranges: Iterable[Any]) -> float:
