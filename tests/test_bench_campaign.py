@@ -43,7 +43,7 @@ def test_a_case_from_the_command_line(tmp_path):
     assert data["notes"]["roof tf32"] == "not measured: tf32 is a mode of NVIDIA GPUs"
     assert {"wan-fast", "python", "torch"} <= set(data["versions"]) and data["machine"]["threads"] >= 1
     arms = data["rows"]["recipe/toy-width/48x9x8x8/fp32"]["arms"]
-    assert len(arms) == 5 and all(arm["seconds"] > 0 and arm["peak_bytes"] > 0 for arm in arms.values())
+    assert len(arms) == 6 and all(arm["seconds"] > 0 and arm["peak_bytes"] > 0 for arm in arms.values())
 
 
 @needs_checkout
