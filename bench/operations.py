@@ -11,11 +11,10 @@ import torch
 from kernel_cases import REAL_CASES, RealCase, arguments, run
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.registry import OURS, Build, Case, NotHere, Work
 from bench.tune import without_extension
-from wan_fast.attention import sdpa
+from wan_fast.attention import BACKENDS, Backend, sdpa
 from wan_fast.counting import not_touched
 from wan_fast.kernels import KERNELS, backend
 from wan_fast.kernels.qk_norm_rope import rotation
@@ -184,25 +183,11 @@ def attention(L: int, heads: int, device: torch.device) -> Work:
     """Self-attention of one block: q, k, v [1, L, N, K] bf16."""
     q, k, v = (torch.randn(1, L, heads, HEAD_DIM, device=device).bfloat16() for _ in range(3))
 
-    def torch_only(which: SDPBackend) -> Build:
+    def by(backend: Backend) -> Build:
         def build() -> Callable[[], Tensor]:
-            def call() -> Tensor:
-                with sdpa_kernel(which):
-                    return sdpa(q, k, v)
-
-            return call
+            return partial(backend.make(), q, k, v)
 
         return build
-
-    def flash2() -> Callable[[], Tensor]:
-        from flash_attn import flash_attn_func
-
-        return lambda: flash_attn_func(q, k, v)
-
-    def flash3() -> Callable[[], Tensor]:
-        from flash_attn_interface import flash_attn_func
-
-        return lambda: _first(flash_attn_func(q, k, v))
 
     def flash3_fp8() -> Callable[[], Tensor]:
         from flash_attn_interface import flash_attn_func
@@ -210,32 +195,17 @@ def attention(L: int, heads: int, device: torch.device) -> Work:
         one = torch.ones(1, heads, device=device)
         return lambda: _first(flash_attn_func(*(t.to(E4M3) for t in (q, k, v)), q_descale=one, k_descale=one, v_descale=one))
 
-    def flash4() -> Callable[[], Tensor]:
-        from flash_attn.cute import flash_attn_func
-
-        return lambda: _first(flash_attn_func(q, k, v))
-
     def sage() -> Callable[[], Tensor]:
         from sageattention import sageattn
 
         return lambda: sageattn(q, k, v, tensor_layout="NHD")
 
-    def xformers() -> Callable[[], Tensor]:
-        from xformers.ops import memory_efficient_attention
-
-        return lambda: memory_efficient_attention(q, k, v)
-
     return Work(
         arms={
             OURS: lambda: lambda: sdpa(q, k, v),
-            "SDPA cuDNN": torch_only(SDPBackend.CUDNN_ATTENTION),
-            "SDPA flash": torch_only(SDPBackend.FLASH_ATTENTION),
-            "flash-attn 2": flash2,
-            "flash-attn 3": flash3,
+            **{backend.name: by(backend) for backend in BACKENDS if backend.name != "sdpa"},
             "flash-attn 3 fp8, casts included": flash3_fp8,
-            "flash-attn 4": flash4,
             "SageAttention, quantisation included": sage,
-            "xformers": xformers,
         },
         rate="bf16",
         rates=dict.fromkeys(("flash-attn 3 fp8, casts included", "SageAttention, quantisation included"), "fp8"),
