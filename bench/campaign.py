@@ -67,6 +67,8 @@ def steps(device: torch.device, patterns: Sequence[str] = ()) -> dict[str, Calla
         todo["shares/ti2v-5B/1280x704x121/bf16"] = partial(find_shares, device)
     todo |= {case.name: partial(run_case, case, device) for case in cases if case.group == "dit"}
     if everything:
+        todo["groups/vae2.2-decode/1280x704x121/bf16"] = partial(find_groups, "2.2", (1280, 704), 121, device)
+        todo["groups/vae2.1-decode/1280x720x81/bf16"] = partial(find_groups, "2.1", (1280, 720), 81, device)
         tiles = [case for case in REAL_CASES if case.op in tunable()]
         todo |= {f"tiles/{case.op}/{case.id}": partial(find_tiles, case, device) for case in tiles}
     todo |= {case.name: partial(run_case, case, device) for case in cases if case not in kernels}
@@ -139,6 +141,20 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
     if wrong and results:
         raise AssertionError(f"{wrong} kernel cases break the accuracy rule: see the section accuracy")
     return wrong
+
+
+def find_groups(version: str, size: tuple[int, int], frames: int, device: torch.device, results: Results) -> None:
+    """Where the time of a whole decode goes."""
+    import torch
+
+    from bench.vae import measure, table
+    from wan_fast.manifest import VaeDims
+    from wan_fast.tasks import VAES
+
+    spec = VAES[version]
+    found = measure(VaeDims.of_spec(spec), spec.latent_shape(size, frames), torch.bfloat16, device)
+    said = "; ".join(" ".join(row.split()) for row in table(found, results.data["roofs"]["bf16"]))
+    results.put("notes", f"vae {version} decode {size[0]}x{size[1]}x{frames}, bf16", said)
 
 
 def find_shares(device: torch.device, results: Results) -> None:

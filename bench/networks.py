@@ -28,7 +28,7 @@ from wan_fast.dit import WanDiT, grid_of
 from wan_fast.kernels import only_reference
 from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
 from wan_fast.names import DIT_NAMES, VAE21_NAMES, VAE22_NAMES, Rules, native_name
-from wan_fast.planning import DECODE_CHUNKS
+from wan_fast.planning import DECODES
 from wan_fast.profiling import busy
 from wan_fast.sampler import denoise
 from wan_fast.solver import Solver
@@ -253,16 +253,19 @@ def denoising(task: str, video: tuple[int, int, int], num_steps: int, device: to
 # --- VAE and text encoder -----------------------------------------------------------------------------------------------
 
 
-def vae(dims: VaeDims, shape: tuple[int, int, int, int], encode: bool, device: torch.device) -> Work:
-    """Decode latents, or encode a video of that latent size, in fp32 (TF32 convolutions on a GPU)."""
+def vae(
+    dims: VaeDims, shape: tuple[int, int, int, int], encode: bool, device: torch.device, *, dtype: torch.dtype = FP32
+) -> Work:
+    """Decode latents, or encode a video of that latent size (fp32 with TF32 convolutions on a GPU)."""
     spec, (C, T, h, w) = VAES[dims.version], shape
-    ours = random_model(lambda: WanVAE(dims), manifest.vae_shapes(dims), device)
+    ours = random_model(lambda: WanVAE(dims), manifest.vae_shapes(dims), device, lambda name: dtype)
+    decode = dict(zip(("chunk", "piece"), DECODES["cpu" if device.type == "cpu" else "cuda"][0], strict=True))
     mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1, 1) for values in (spec.mean, spec.std))
     z = torch.randn(C, T, h, w, device=device)
     frames, height, width = 4 * (T - 1) + 1, h * spec.stride[1], w * spec.stride[2]
     pixels = torch.rand(3, frames, height, width, device=device) * 2 - 1
 
-    def diffusers(dtype: torch.dtype) -> Callable[[], Tensor]:
+    def diffusers(dtype: torch.dtype, layout: torch.memory_format = torch.preserve_format) -> Callable[[], Tensor]:
         from diffusers import AutoencoderKLWan
 
         residual = dims.version == "2.2"
@@ -286,20 +289,21 @@ def vae(dims: VaeDims, shape: tuple[int, int, int, int], encode: bool, device: t
             VAE22_NAMES if residual else VAE21_NAMES,
             lambda _, t: t.to(dtype).clone(memory_format=torch.contiguous_format),
         )
+        for module in theirs.modules():
+            if isinstance(module, nn.Conv3d) and layout != torch.preserve_format:
+                module.to(memory_format=layout)
         if encode:
             return lambda: ((theirs.encode(pixels[None].to(dtype)).latent_dist.mode().float() - mean) / std)[0]
         return lambda: theirs.decode((z[None] * std + mean).to(dtype), return_dict=False)[0][0].float()
 
     return Work(
         arms={
-            OURS: lambda: partial(ours.encode, pixels) if encode else partial(ours.decode, z, chunk=DECODE_CHUNKS[0]),
-            "diffusers": partial(diffusers, FP32),
-            # what its users run on a GPU; another precision, so another work
-            **({"diffusers in bf16": partial(diffusers, BF16)} if device.type != "cpu" else {}),
+            OURS: lambda: partial(ours.encode, pixels) if encode else partial(ours.decode, z, **decode),
+            "diffusers": partial(diffusers, dtype),
+            **({"diffusers, channels-last": partial(diffusers, dtype, torch.channels_last_3d)} if device.type != "cpu" else {}),
         },
-        rate="tf32" if device.type == "cuda" else "fp32",
-        rates={"diffusers in bf16": "bf16"},
-        tolerance=1e-4 if device.type == "cpu" else 1e-1,
+        rate="bf16" if dtype == BF16 else "tf32" if device.type == "cuda" else "fp32",
+        tolerance=1e-4 if device.type == "cpu" and dtype == FP32 else 1e-1,
         flops=manifest.vae_flops(dims, "encoder" if encode else "decoder", T, h, w),
         bytes=sum(p.nbytes for p in (ours.encoder if encode else ours.decoder).parameters()) + z.nbytes + pixels.nbytes,
     )
@@ -430,8 +434,10 @@ def _dit(task: str, *video: int) -> Callable[[torch.device], Work]:
     return partial(dit, DiTDims.of_task(spec), latent_shape(task, *video), BF16, version=version)
 
 
-def _vae(version: str, shape: tuple[int, int, int, int], encode: bool = False) -> Callable[[torch.device], Work]:
-    return partial(vae, _VAES[version], shape, encode)
+def _vae(
+    version: str, shape: tuple[int, int, int, int], encode: bool = False, dtype: torch.dtype = FP32
+) -> Callable[[torch.device], Work]:
+    return partial(vae, _VAES[version], shape, encode, dtype=dtype)
 
 
 GPU_DIT_CASES = (
@@ -440,8 +446,11 @@ GPU_DIT_CASES = (
 )
 GPU_14B_CASES = (Case("dit/t2v-14B/832x480x81/bf16", "cuda", _dit("t2v-14B", 832, 480, 81), 30.0, True),)
 GPU_VAE_CASES = (
-    Case("vae/2.2-decode/1280x704x17/fp32", "cuda", _vae("2.2", (48, 5, 44, 80)), 12.0, True),
-    Case("vae/2.1-decode/832x480x17/fp32", "cuda", _vae("2.1", (16, 5, 60, 104)), 8.0, True),
+    Case("vae/2.2-decode/1280x704x121/bf16", "cuda", _vae("2.2", (48, 31, 44, 80), dtype=BF16), 40.0, True),
+    Case("vae/2.1-decode/1280x720x81/bf16", "cuda", _vae("2.1", (16, 21, 90, 160), dtype=BF16), 30.0, True),
+    Case("vae/2.2-encode/1280x704x1/bf16", "cuda", _vae("2.2", (48, 1, 44, 80), True, BF16), 4.0),
+    Case("vae/2.2-decode/1280x704x17/fp32", "cuda", _vae("2.2", (48, 5, 44, 80)), 12.0),
+    Case("vae/2.1-decode/832x480x17/fp32", "cuda", _vae("2.1", (16, 5, 60, 104)), 8.0),
     Case("vae/2.1-decode/1280x720x17/fp32", "cuda", _vae("2.1", (16, 5, 90, 160)), 8.0),
     Case("vae/2.2-encode/1280x704x1/fp32", "cuda", _vae("2.2", (48, 1, 44, 80), True), 4.0),
 )

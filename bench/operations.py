@@ -15,11 +15,10 @@ from torch.nn import functional as F
 from bench.registry import OURS, Build, Case, NotHere, Work
 from bench.tune import without_extension
 from wan_fast.attention import BACKENDS, Backend, sdpa
-from wan_fast.counting import not_touched
-from wan_fast.kernels import KERNELS, backend
+from wan_fast.counting import convolving, not_touched
+from wan_fast.kernels import KERNELS, backend, causal_conv3d, conv_weight
 from wan_fast.kernels.qk_norm_rope import rotation
 from wan_fast.tasks import HEAD_DIM, PATCH, TASKS
-from wan_fast.vae import causal_conv3d
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
@@ -73,9 +72,10 @@ def kernel(case: RealCase, dtype: torch.dtype, device: torch.device) -> Work:
             "reference": lambda: lambda: op.reference(*args),
             "reference, compiled": compiled,
         },
-        rate="bf16",
+        rate="bf16" if dtype == torch.bfloat16 else "fp32",
         # rounding may differ by one level of 255; what changes in place is not the same after another number of calls
         tolerance=None if op.mutates else 2e-2,
+        flops=convolving(op.op, args),
         bytes=moved,
     )
 
@@ -233,7 +233,7 @@ def conv3d(channels: int, frames: int, height: int, width: int, device: torch.de
         torch.randn(channels, channels, 3, 3, 3, device=device) / (27 * channels) ** 0.5,
         torch.randn(channels, device=device),
     )
-    weight = weight.contiguous(memory_format=torch.channels_last_3d)
+    laid = conv_weight(weight)
     video = torch.cat([past, x]).transpose(0, 1)[None]
 
     def plain(dtype: torch.dtype, layout: torch.memory_format) -> Build:
@@ -246,7 +246,7 @@ def conv3d(channels: int, frames: int, height: int, width: int, device: torch.de
 
     return Work(
         arms={
-            OURS: lambda: lambda: causal_conv3d(x, past, weight, bias),
+            OURS: lambda: lambda: causal_conv3d(x, past, laid, bias)[0],
             "conv3d alone, NCDHW, fp32": plain(torch.float32, torch.contiguous_format),
             "conv3d alone, NDHWC, fp32": plain(torch.float32, torch.channels_last_3d),
             "conv3d alone, NCDHW, bf16": plain(torch.bfloat16, torch.contiguous_format),

@@ -37,12 +37,12 @@ std::string unusable(int device) {
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
 
-void call_frames_to_uint8(uint64_t frames, const std::string& dtype, uint64_t pixels, int64_t F, int64_t H, int64_t W,
-                          int64_t stride_c, int64_t stride_f, bool rounding, int device, uint64_t stream) {
+void call_frames_to_uint8(uint64_t frames, const std::string& dtype, uint64_t pixels, int64_t F, int64_t h, int64_t w,
+                          int patch, bool rounding, int device, uint64_t stream) {
   const DType type = parse_dtype(dtype);
   check(cudaSetDevice(device), "frames_to_uint8");
-  check(::frames_to_uint8(reinterpret_cast<const void*>(frames), type, reinterpret_cast<uint8_t*>(pixels), F, H, W,
-                          stride_c, stride_f, rounding, reinterpret_cast<cudaStream_t>(stream)),
+  check(::frames_to_uint8(reinterpret_cast<const void*>(frames), type, reinterpret_cast<uint8_t*>(pixels), F, h, w,
+                          patch, rounding, reinterpret_cast<cudaStream_t>(stream)),
         "frames_to_uint8");
 }
 
@@ -54,7 +54,6 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("unusable", &unusable, py::arg("device"),
         "Why the kernels cannot run on a device (by index), or an empty string when they can.");
   m.def("frames_to_uint8", &call_frames_to_uint8, py::arg("frames"), py::arg("dtype"), py::arg("pixels"), py::arg("F"),
-        py::arg("H"), py::arg("W"), py::arg("stride_c"), py::arg("stride_f"), py::arg("rounding"), py::arg("device"),
-        py::arg("stream"),
-        "[3, F, H, W] float32, bfloat16 or float16 in [-1, 1] -> [F, H, W, 3] uint8. Strides are in elements.");
+        py::arg("h"), py::arg("w"), py::arg("patch"), py::arg("rounding"), py::arg("device"), py::arg("stream"),
+        "[F, h, w, 3 patch patch] float32, bfloat16 or float16 in [-1, 1] -> [F, patch h, patch w, 3] uint8; patch 1 or 2.");
 }

@@ -5,17 +5,24 @@
 if __name__ == "wan_fast.kernels":
     from ._op import KERNELS, backend, only_reference, why_no_extension
     from .adaln import adaln_modulate
+    from .causal_conv3d import Form, add_skip_, causal_conv3d, causal_conv3d_add, conv_weight
     from .frames_to_uint8 import frames_to_uint8
     from .gated_residual import gated_residual_adaln
     from .gelu_tanh import gelu_tanh
     from .guidance_step import guidance_step
     from .patchify import patchify, unpatchify
     from .qk_norm_rope import qk_norm_rope, rope_table
+    from .rms_norm_silu import rms_norm_silu, rms_norm_silu_
 
     __all__ = [
         "KERNELS",
+        "Form",
         "adaln_modulate",
+        "add_skip_",
         "backend",
+        "causal_conv3d",
+        "causal_conv3d_add",
+        "conv_weight",
         "frames_to_uint8",
         "gated_residual_adaln",
         "gelu_tanh",
@@ -23,6 +30,8 @@ if __name__ == "wan_fast.kernels":
         "only_reference",
         "patchify",
         "qk_norm_rope",
+        "rms_norm_silu",
+        "rms_norm_silu_",
         "rope_table",
         "unpatchify",
         "why_no_extension",

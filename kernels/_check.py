@@ -38,6 +38,15 @@ def dense(op: str, **given: Tensor | None) -> None:
             )
 
 
+def channels_last(op: str, **given: Tensor | None) -> None:
+    for name, tensor in given.items():
+        if tensor is not None and not tensor.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(
+                f"{op} wants {name} [F, C, H, W] with the channels innermost, got strides {tensor.stride()} for shape "
+                f"{tuple(tensor.shape)}; call .contiguous(memory_format=torch.channels_last) on it"
+            )
+
+
 def modulation(op: str, x: Tensor, split: int, **rows: Tensor | None) -> None:
     """`rows`: [B, R, D] fp32, each with R of 1 or 2, for x [B, L, D]; `split`: 0 .. L."""
     for name, tensor in rows.items():

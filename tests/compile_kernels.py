@@ -106,6 +106,8 @@ def main(capabilities: list[int]) -> None:
             "budget": case.registers,
             "loads": case.narrow_loads,
             "stores": case.narrow_stores,
+            "most": case.shared,
+            "products": case.products and dtype == torch.bfloat16,
         }
         rows += [facts | usage(kernel) for kernel in compiled]
     json.dump(rows, sys.stdout)

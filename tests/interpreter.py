@@ -1,7 +1,7 @@
 """Mends Triton's interpreter, which truncates where a GPU rounds to the nearest even: conversions go through PyTorch.
 
-It keeps bf16 as the 16 bits of an unsigned integer. Arithmetic on bf16 itself is wrong there too; kernels that compute in
-fp32, as all do so far, never meet that.
+It keeps bf16 as the 16 bits of an unsigned integer, which products must not take for numbers. Other arithmetic on bf16
+itself is wrong there too; kernels that compute in fp32, as all do so far, never meet that.
 """
 
 from __future__ import annotations
@@ -31,6 +31,17 @@ def _cast(self: Any, source: Any, target: Any) -> Any:
     return _plain_cast(self, source, target)
 
 
+def _values(handle: Any) -> Any:
+    """The values of a tensor, in fp32 where it is narrower."""
+    wide = tl.float32 if handle.dtype.scalar in (tl.bfloat16, tl.float16) else handle.dtype.scalar
+    return (_converted(handle, wide) if wide != handle.dtype.scalar else handle).data
+
+
+def _dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+    return interpreter.TensorHandle(np.matmul(_values(a), _values(b)).astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+
 def mend() -> None:
+    _Builder.create_dot = _dot
     _Builder.cast_impl = _cast
     _Builder.create_fp_to_fp = lambda self, source, target, rounding: _cast(self, source, target)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from wan_fast import kernels
 from wan_fast.kernels._op import Kernel
+from wan_fast.kernels.causal_conv3d import Form, history, output_shape
 
 Inputs = Callable[[torch.dtype], tuple[Any, ...]]
 
@@ -31,7 +33,10 @@ class Case(NamedTuple):
 
 class RealCase(NamedTuple):
     """One real shape, and what every kernel launched for it may use at most: registers per thread, loads and stores narrower
-    than 128 bits; None leaves them open."""
+    than 128 bits (None leaves them open), bytes of shared memory. `products`: it computes on tensor cores in bf16.
+
+    Sums over a row pass through a few shared bytes per warp, layouts through one row of the narrower dtype.
+    """
 
     op: str
     id: str
@@ -39,39 +44,34 @@ class RealCase(NamedTuple):
     registers: int
     narrow_loads: int | None = None
     narrow_stores: int | None = None
+    shared: int = 16 * 1024
+    products: bool = False
 
 
-def _frames(F: int, H: int, W: int, margin: int = 0) -> Callable[[torch.dtype], Tensor]:
-    """[3, F, H, W] with values beyond both bounds, NaN and infinities; a view of a larger buffer if margin > 0."""
+def _frames(F: int, h: int, w: int, patch: int, margin: int, rounding: bool, meta: bool = False) -> Inputs:
+    """[F, 3 p p, h, w] with values beyond both bounds, NaN and infinities; the inside of a longer clip if margin > 0."""
 
-    def build(dtype: torch.dtype) -> Tensor:
-        generator = torch.Generator().manual_seed(F * H * W)
-        buffer = torch.randn(3, F + 2 * margin, H, W, generator=generator)
-        special = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0, -1.0, -0.0, 0.0])[: H * W]
-        buffer[1, margin].view(-1)[: len(special)] = special
-        return buffer.to(dtype)[:, margin : margin + F]
+    def build(dtype: torch.dtype) -> tuple[Any, ...]:
+        shape = (F + 2 * margin, h, w, 3 * patch**2)
+        if meta:
+            return torch.empty(shape, dtype=dtype, device="meta").permute(0, 3, 1, 2), rounding
+        buffer = torch.randn(shape, generator=torch.Generator().manual_seed(F * h * w))
+        special = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0, -1.0, -0.0, 0.0])[: h * w]
+        buffer[margin].view(-1)[: len(special)] = special
+        return buffer.to(dtype)[margin : margin + F].permute(0, 3, 1, 2), rounding
 
     return build
 
 
-def _frame_first(frames: Tensor) -> Tensor:
-    """[3, F, H, W], the same values, stored as [F, 3, H, W]."""
-    return frames.transpose(0, 1).contiguous().transpose(0, 1)
-
-
-def _both(frames: Callable[[torch.dtype], Tensor], rounding: bool) -> Inputs:
-    return lambda dtype: (frames(dtype), rounding)
-
-
 def _frames_to_uint8_cases() -> list[Case]:
-    sizes = [(1, 1, 1, 0), (1, 5, 7, 0), (3, 16, 32, 0), (5, 11, 13, 0), (2, 24, 31, 2), (2, 16, 32, 1), (1, 90, 64, 1)]
+    sizes = [
+        *((1, 1, 1, 1, 0), (1, 5, 7, 1, 0), (3, 16, 32, 1, 0), (2, 24, 31, 1, 2), (1, 3, 400, 1, 1)),
+        *((1, 1, 1, 2, 0), (2, 5, 7, 2, 0), (3, 9, 16, 2, 1), (1, 2, 200, 2, 0), (1, 2, 3, 3, 0)),
+    ]
     cases = []
-    for (F, H, W, margin), rounding in itertools.product(sizes, (False, True)):
-        name = f"F{F}-H{H}-W{W}-margin{margin}-{'round' if rounding else 'truncate'}"
-        cases.append(Case("frames_to_uint8", name, _both(_frames(F, H, W, margin), rounding)))
-    frames = _frames(2, 9, 12)
-    cases.append(Case("frames_to_uint8", "columns-first", lambda dtype: (frames(dtype).mT, True)))
-    cases.append(Case("frames_to_uint8", "frame-first", lambda dtype: (_frame_first(frames(dtype)), True)))
+    for (F, h, w, patch, margin), rounding in itertools.product(sizes, (False, True)):
+        name = f"F{F}-{h}x{w}-patch{patch}-margin{margin}-{'round' if rounding else 'truncate'}"
+        cases.append(Case("frames_to_uint8", name, _frames(F, h, w, patch, margin, rounding)))
     return cases
 
 
@@ -216,6 +216,118 @@ def _unpatchify(B: int, C: int, T: int, H: int, W: int) -> Inputs:
     return lambda dtype: (_randn(B, T * H * W // 4, 4 * C).to(dtype), (T, H, W))
 
 
+class Conv(NamedTuple):
+    """A convolution: x [F, CIN, H, W] by a kernel [COUT, CIN, KT, K, K]."""
+
+    F: int
+    CIN: int
+    COUT: int
+    H: int
+    W: int
+    KT: int
+    K: int
+    past: bool = False
+    add: bool = False
+    stride_t: int = 1
+    stride: int = 1
+    up: int = 1
+    interleave: bool = False
+    skip: tuple[int, ...] = ()
+
+    def inputs(self, dtype: torch.dtype, meta: bool = False) -> tuple[Any, ...]:
+        def make(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+            values = torch.empty(shape, device="meta") if meta else _randn(*shape, seed=seed) * scale
+            if len(shape) == 5:
+                return kernels.conv_weight(values.to(dtype))
+            return values.to(dtype).contiguous(
+                memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format
+            )
+
+        lead, frame = history(self.KT, self.stride_t), (self.CIN, self.H, self.W)
+        x = make(self.F, *frame)
+        weight = make(self.COUT, self.CIN, self.KT, self.K, self.K, seed=1, scale=(self.CIN * self.KT * self.K**2) ** -0.5)
+        form = Form(self.stride_t, self.stride, self.up, self.interleave)
+        past = make(lead, *frame, seed=3) if self.past else None
+        others = x, past, weight, make(self.COUT, seed=5)
+        if self.add:
+            return make(*output_shape(x, weight, form), seed=2), *others, list(form)
+        return *others, make(*self.skip, seed=6) if self.skip else None, list(form)
+
+    @property
+    def op(self) -> str:
+        return "causal_conv3d_add" if self.add else "causal_conv3d"
+
+
+# every form that the VAE has, at sizes that no block divides
+_CONVS = {
+    "3x3x3": Conv(4, 20, 24, 9, 11, 3, 3, past=True),
+    "3x3x3-added": Conv(4, 20, 24, 9, 11, 3, 3, past=True, add=True),
+    "3x3x3-one-frame": Conv(1, 20, 24, 5, 7, 3, 3, past=True),
+    "3x3x3-first-frame": Conv(1, 20, 24, 5, 7, 3, 3),
+    "3x3x3-behind-zeros": Conv(2, 8, 3, 5, 7, 3, 3),
+    "3x3x3-wide": Conv(2, 70, 130, 3, 3, 3, 3, past=True),
+    "3x1x1-interleaved": Conv(4, 16, 32, 5, 6, 3, 1, past=True, interleave=True),
+    "3x1x1-interleaved-behind-zeros": Conv(3, 16, 40, 5, 6, 3, 1, interleave=True),
+    "3x1x1-halving-frames": Conv(4, 17, 19, 5, 6, 3, 1, past=True, stride_t=2),
+    "1x3x3-halving": Conv(3, 16, 20, 6, 8, 1, 3, stride=2),
+    "1x3x3-halving-odd": Conv(2, 16, 20, 7, 9, 1, 3, stride=2),
+    "1x3x3-doubling": Conv(2, 16, 20, 5, 4, 1, 3, up=2),
+    "3x3x3-skip": Conv(3, 20, 24, 5, 7, 3, 3, past=True, skip=(3, 24, 5, 7)),
+    "1x3x3-doubling-skip": Conv(2, 16, 20, 5, 4, 1, 3, up=2, skip=(2, 20, 5, 4)),
+    "1x3x3-doubling-skip-frames": Conv(4, 16, 20, 5, 4, 1, 3, up=2, skip=(2, 20, 5, 4)),
+    "1x3x3-doubling-skip-channels": Conv(2, 16, 20, 5, 4, 1, 3, up=2, skip=(2, 40, 5, 4)),
+    "1x3x3-doubling-skip-both": Conv(4, 16, 20, 5, 4, 1, 3, up=2, skip=(2, 40, 5, 4)),
+    "1x3x3-halving-skip": Conv(3, 16, 20, 6, 8, 1, 3, stride=2, skip=(3, 20, 6, 8)),
+    "3x1x1-halving-frames-skip": Conv(4, 17, 18, 5, 6, 3, 1, past=True, stride_t=2, skip=(4, 9, 10, 12)),
+    "1x1x1-added": Conv(2, 20, 24, 5, 7, 1, 1, add=True),
+}
+# layers of the released VAEs that hold most of the work, one of each form
+_REAL_CONVS = {
+    "vae2.2-3x3x3-256": Conv(8, 256, 256, 352, 640, 3, 3, past=True, add=True),
+    "vae2.2-3x3x3-1024": Conv(4, 1024, 1024, 88, 160, 3, 3, past=True),
+    "vae2.2-in": Conv(2, 48, 1024, 44, 80, 3, 3, past=True),
+    "vae2.2-3x1x1-1024": Conv(2, 1024, 2048, 44, 80, 3, 1, past=True, interleave=True),
+    "vae2.2-1x3x3-doubling": Conv(8, 512, 512, 176, 320, 1, 3, up=2, skip=(8, 1024, 176, 320)),
+    "vae2.2-1x3x3-doubling-frames": Conv(4, 1024, 1024, 44, 80, 1, 3, up=2, skip=(2, 1024, 44, 80)),
+    "vae2.2-3x1x1-halving": Conv(4, 320, 320, 176, 320, 3, 1, past=True, stride_t=2, skip=(4, 160, 352, 640)),
+    "vae2.2-1x3x3-halving": Conv(4, 160, 160, 352, 640, 1, 3, stride=2, skip=(4, 160, 352, 640)),
+    "vae2.1-3x3x3-96": Conv(4, 96, 96, 480, 832, 3, 3, past=True),
+    "vae2.1-out": Conv(4, 96, 3, 480, 832, 3, 3, past=True),
+}
+
+
+def _channels_last(F: int, C: int, H: int, W: int, silu: bool, meta: bool = False) -> Inputs:
+    """x with a position of zeros, and gamma."""
+
+    def inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+        x = torch.empty(F, C, H, W, device="meta") if meta else _randn(F, C, H, W)
+        if not meta:
+            x[0, :, 0, 0] = 0
+        gamma = torch.empty(C, device="meta") if meta else _randn(C, seed=1)
+        return x.to(dtype).contiguous(memory_format=torch.channels_last), gamma.to(dtype), silu
+
+    return inputs
+
+
+def _vae_cases() -> list[Case]:
+    cases = [Case(conv.op, name, conv.inputs) for name, conv in _CONVS.items()]
+    for op in ("rms_norm_silu", "rms_norm_silu_"):
+        for C, silu in ((96, True), (20, False), (384, True), (1024, True), (1, True)):
+            cases.append(Case(op, f"C{C}{'-silu' if silu else ''}", _channels_last(3, C, 5, 4, silu)))
+    return cases
+
+
+def _real_vae_cases() -> list[RealCase]:
+    cases = [
+        RealCase(conv.op, name, partial(conv.inputs, meta=True), 240, shared=99 * 1024, products=True)
+        for name, conv in _REAL_CONVS.items()
+    ]
+    for name, *shape in (("vae2.2", 8, 256, 352, 640), ("vae2.1", 4, 96, 480, 832)):
+        cases.append(RealCase("rms_norm_silu", name, _channels_last(*shape, True, meta=True), 128, 1, 0))
+        cases.append(RealCase("rms_norm_silu_", name, _channels_last(*shape, True, meta=True), 128, 1, 0))
+    return cases
+
+
 def arguments(case: Case | RealCase, dtype: torch.dtype, device: str | torch.device) -> tuple[Any, ...]:
     """The case's arguments on a device, with the strides that the case gave them; meta tensors get random values."""
 
@@ -223,7 +335,7 @@ def arguments(case: Case | RealCase, dtype: torch.dtype, device: str | torch.dev
         if not isinstance(value, Tensor):
             return value
         if value.is_meta:
-            return torch.randn(value.shape, dtype=value.dtype, device=device)
+            return torch.empty_like(value, device=device).normal_()
         buffer = value.as_strided((value.untyped_storage().nbytes() // value.itemsize,), (1,), 0)
         return buffer.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
 
@@ -233,10 +345,10 @@ def arguments(case: Case | RealCase, dtype: torch.dtype, device: str | torch.dev
 def run(kernel: Kernel, body: Callable[..., Any], args: tuple[Any, ...]) -> list[Tensor]:
     """What a body of an operator returns, and what it makes of the arguments it changes; those of `args` stay."""
     names = list(inspect.signature(kernel.reference).parameters)
-    own = [arg.clone() if name in kernel.mutates else arg for name, arg in zip(names, args, strict=True)]
+    own = [arg.clone() if name in kernel.mutates and arg is not None else arg for name, arg in zip(names, args, strict=True)]
     returned = body(*own)
-    outputs = (returned,) if isinstance(returned, Tensor) else returned or ()
-    return [*outputs, *(arg for name, arg in zip(names, own, strict=True) if name in kernel.mutates)]
+    outputs = (returned,) if isinstance(returned, Tensor) else [t for t in returned or () if t is not None]
+    return [*outputs, *(arg for name, arg in zip(names, own, strict=True) if name in kernel.mutates and arg is not None)]
 
 
 def in_fp64(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -302,10 +414,11 @@ def _args(*values: Any) -> Inputs:
     return inputs
 
 
-CASES = [*_frames_to_uint8_cases(), *_cases()]
+CASES = [*_frames_to_uint8_cases(), *_cases(), *_vae_cases()]
 
 REAL_CASES = [
-    RealCase("frames_to_uint8", "480p-81", _both(_meta(3, 81, 480, 832), False), registers=40),
-    RealCase("frames_to_uint8", "720p-121", _both(_meta(3, 121, 704, 1280), True), registers=40),
+    RealCase("frames_to_uint8", "vae2.1-480p-4", _frames(4, 480, 832, 1, 0, False, meta=True), 40),
+    RealCase("frames_to_uint8", "vae2.2-720p-4", _frames(4, 352, 640, 2, 0, False, meta=True), 40),
     *_real_dit_cases(),
+    *_real_vae_cases(),
 ]

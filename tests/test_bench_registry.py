@@ -7,7 +7,7 @@ from kernel_cases import CASES as SMALL_CASES
 from kernel_cases import arguments, run
 from models import random_dit
 
-from bench import networks, operations, registry
+from bench import networks, operations, registry, vae
 from bench.cases import CASES
 from bench.official import Habits, official_step
 from bench.registry import OURS, Case, NotHere, Work
@@ -16,7 +16,8 @@ from wan_fast import kernels, manifest
 from wan_fast.counting import counted
 from wan_fast.dit import grid_of
 from wan_fast.kernels import KERNELS
-from wan_fast.manifest import DiTDims
+from wan_fast.manifest import DiTDims, VaeDims
+from wan_fast.tasks import VAES
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 FIRST = {case.group: case.name for case in reversed(CASES)}
@@ -192,11 +193,11 @@ def test_a_roof_that_was_not_measured_gives_no_share():
 @pytest.mark.parametrize("case", [case for case in CASES if case.group == "conv3d"], ids=lambda case: case.name)
 def test_convolutions_are_laid_out_as_in_the_engine(case, monkeypatch):
     seen = []
-    monkeypatch.setattr(operations, "causal_conv3d", lambda *tensors: seen.extend(tensors))
+    monkeypatch.setattr(operations, "causal_conv3d", lambda *tensors: seen.extend(tensors) or [None])
     case.make(META).arms[OURS]()()
     x, past, weight, _ = seen
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, past))
-    assert weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert weight.stride() == kernels.conv_weight(weight.clone(memory_format=torch.contiguous_format)).stride()
 
 
 def test_a_budget_that_three_rounds_exceed_by_much_gives_one():
@@ -228,3 +229,15 @@ def test_ours_and_the_rivals_do_the_same_work(make, rivals):
         arms, skipped = registry._build(make(CPU))
     assert {name.partition(",")[0] for name in arms} == {OURS, *rivals}
     assert all("GPU" in why for why in skipped.values())
+
+
+@pytest.mark.parametrize("version", ["2.1", "2.2"])
+def test_layer_groups_hold_the_whole_decode(version):
+    dims = VaeDims(version=version, encoder_dim=8, decoder_dim=12, channels=VAES[version].channels)
+    found = vae.measure(dims, (dims.channels, 2, 2, 3), torch.float32, CPU)
+    names = [group.name for group in found.groups]
+    assert names[0] == "conv2, conv1" and {"middle attention", "level 0 blocks", "level 2 upsample", "head"} <= set(names)
+    assert sum(group.flops for group in found.groups) == pytest.approx(manifest.vae_flops(dims, "decoder", 2, 2, 3), rel=0.02)
+    assert all(group.seconds > 0 for group in found.groups) and 0 < found.first < found.seconds
+    text = "\n".join(vae.table(found, roof=1e15))
+    assert all(name in text for name in names) and "first frame after" in text

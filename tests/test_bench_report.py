@@ -97,7 +97,7 @@ def test_two_machines_have_rows_of_their_own(tmp_path):
     block = report.readme_block(found, [GPU, RUN])
     assert "| `dit/big/x/bf16` | NVIDIA H100 | 20 µs | not measured" in block and "| `run/tiny/x/fp32` | AMD EPYC" in block
     page = report.full_page(found)
-    assert "wan-fast (graph)" in page and "| `kernel/frames_to_uint8/480p-81/bf16` | wan-fast | not measured |" in page
+    assert "wan-fast (graph)" in page and "| `kernel/frames_to_uint8/vae2.1-480p-4/bf16` | wan-fast | not measured |" in page
     assert list(charts.data("roofline", found)) == ["AMD EPYC, 2 threads", "NVIDIA H100"]
 
 

@@ -48,20 +48,28 @@ def test_kernels_compile_within_budget(capability: int, rows: list[dict[str, Any
     assert len({row["case"] for row in rows}) == 2 * len(REAL_CASES)
     for row in rows:
         where = row["case"]
-        assert kind_of(row["kernel"]) == "wan_fast kernel", f"a profile would not know {row['kernel']}"
+        assert kind_of(row["kernel"]) in ("wan_fast kernel", "convolution"), f"a profile would not know {row['kernel']}"
         assert row["reg"] <= row["budget"], f"{where}: {row['reg']} registers, budget {row['budget']}"
         spills = {name for name in ("LDL", "STL") if name in row["sass"]}
         assert row["stack"] == row["local"] == 0 and not spills, f"{where} spills: {row}"
-        # sums over a row pass through a few bytes per warp, layouts through one row of the narrower dtype
-        assert row["shared"] <= 16 * 1024, f"{where}: {row['shared']} bytes of shared memory"
+        assert row["shared"] <= row["most"], f"{where}: {row['shared']} bytes of shared memory"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_products_run_on_tensor_cores(capability: int, rows: list[dict[str, Any]]) -> None:
+    meant = {90: "HGMMA", 100: "UTCHMMA"}.get(capability, "HMMA")
+    held = [row for row in rows if row["capability"] == capability and row["products"]]
+    assert held
+    for row in held:
+        assert row["sass"].get(meant), f"{row['case']}: no {meant}, but {sorted(n for n in row['sass'] if 'MMA' in n)}"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_memory_is_moved_128_bits_at_a_time(capability: int, rows: list[dict[str, Any]]) -> None:
-    held = [row for row in rows if row["capability"] == capability and (row["loads"], row["stores"]) != (None, None)]
-    assert (
-        len({row["kernel"] for row in held}) == len({case.op for case in REAL_CASES}) - 2
-    )  # patches share one; frames are bytes
+    rows = [row for row in rows if row["capability"] == capability]
+    held = [row for row in rows if (row["loads"], row["stores"]) != (None, None)]
+    left_open = {"_frames_to_uint8_kernel", "_causal_conv3d_kernel"}
+    assert {row["kernel"] for row in held} == {row["kernel"] for row in rows} - left_open
     for row in held:
         for access, allowed in (("LDG", row["loads"]), ("STG", row["stores"])):
             narrow = sum(count for width, count in row["widths"][access].items() if width != "128")

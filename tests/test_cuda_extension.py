@@ -48,18 +48,18 @@ def test_built_for_every_architecture(extension: Any) -> None:
 def test_says_why_it_cannot_run(extension: Any) -> None:
     assert re.search("CUDA|device", extension.unusable(0))
     with pytest.raises(RuntimeError, match=r"frames_to_uint8: .*(CUDA|device)"):
-        extension.frames_to_uint8(0, "float32", 0, 1, 2, 2, 4, 4, False, 0, 0)
+        extension.frames_to_uint8(0, "float32", 0, 1, 2, 2, 1, False, 0, 0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_raises_what_cuda_reports(extension: Any) -> None:
     with pytest.raises(RuntimeError, match="invalid device ordinal"):
-        extension.frames_to_uint8(0, "float32", 0, 1, 2, 2, 4, 4, False, 10_000, 0)
+        extension.frames_to_uint8(0, "float32", 0, 1, 2, 2, 1, False, 10_000, 0)
 
 
 def test_refuses_other_dtypes(extension: Any) -> None:
     with pytest.raises(ValueError, match='dtype is "float64"; allowed: float32, bfloat16, float16'):
-        extension.frames_to_uint8(0, "float64", 0, 1, 2, 2, 4, 4, False, 0, 0)
+        extension.frames_to_uint8(0, "float64", 0, 1, 2, 2, 1, False, 0, 0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -68,11 +68,16 @@ def test_code_is_what_was_meant(extension: Any, architecture: str) -> None:
         pytest.skip(f"not built for sm_{architecture}")
     functions = re.split(r"\bFunction : ", sass(extension, architecture))[1:]
     kernels = [body for body in functions if "frames_to_uint8_kernel" in body.splitlines()[0]]
-    assert len(kernels) == 6, "three dtypes, vector and scalar"
+    assert len(kernels) == 12, "three dtypes, two patches, vector and scalar"
     for body in kernels:
         assert not re.search(r"\b(LDL|STL)\b", body), "spills"
         assert not re.search(r"\bFFMA2?\b", body), "a fused multiply-add changes the bytes"
-    for dtype, load in [("IfLb1E", "128"), ("I13__nv_bfloat16Lb1E", "64"), ("I6__halfLb1E", "64")]:
-        body = next(body for body in kernels if f"frames_to_uint8_kernel{dtype}" in body.splitlines()[0])
-        assert len(re.findall(rf"\bLDG\.E\.{load}\b", body)) == 3, f"{dtype}: one {load}-bit load per channel"
-        assert not re.search(r"\bSTG\.E\.U8\b", body), f"{dtype}: stores bytes one by one"
+    for dtype, patch, bits, count in [
+        *(("If", 1, 128, 3), ("I13__nv_bfloat16", 1, 64, 3), ("I6__half", 1, 64, 3)),
+        *(("If", 2, 128, 6), ("I13__nv_bfloat16", 2, 128, 3), ("I6__half", 2, 128, 3)),
+    ]:
+        name = f"frames_to_uint8_kernel{dtype}Li{patch}ELb1E"
+        body = next(body for body in kernels if name in body.splitlines()[0])
+        assert len(re.findall(rf"\bLDG\.E\.{bits}\b", body)) == count, f"{name}: wide loads"
+        assert len(re.findall(r"\bLDG\.", body)) == count, f"{name}: no narrow ones"
+        assert not re.search(r"\bSTG\.E\.U8\b", body), f"{name}: stores bytes one by one"

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import wan_fast
 from wan_fast import Engine, EngineConfig, Request, WanFastError
 from wan_fast.checkpoint import locate
+from wan_fast.engine import DTYPES
 from wan_fast.kernels import _op
 from wan_fast.tasks import TASKS
 
@@ -43,6 +44,37 @@ def test_what_comes_out(engine, tmp_path):
     assert video.save(tmp_path / "x.mp4").stat().st_size > 0
     with pytest.raises(WanFastError, match=r"x\.png"):
         video.save(tmp_path / "x.png")
+
+
+def test_pixels_are_handed_over_as_they_come(engine):
+    whole, parts = engine.generate(SMALL), []
+    video = engine.generate(SMALL, on_pixels=parts.append)
+    assert video.frames.shape == (0, 96, 64, 3) and len(parts) > 1
+    assert torch.equal(torch.cat(parts), whole.frames) and torch.equal(video.latents, whole.latents)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_vae_has_a_dtype_of_its_own(engine, dtype):
+    halved = Engine(replace(TINY, vae_dtype=dtype))
+    assert {p.dtype for p in halved.models["vae"].parameters()} == {DTYPES[dtype]}
+    small = replace(SMALL, size=(32, 32), num_frames=1, num_steps=1)
+    video, exact = halved.generate(small), engine.generate(small)
+    assert torch.equal(video.latents, exact.latents)
+    assert 0 < (video.frames.int() - exact.frames.int()).abs().max() < 12
+
+
+def test_strips_give_the_same_clip(engine, monkeypatch):
+    whole = engine.generate(SMALL)
+    settled = engine.plan(SMALL)
+    strips = replace(settled, memory=replace(settled.memory, decode_chunk=1, decode_piece=1, decode_tiles=3))
+    monkeypatch.setattr(engine, "plan", lambda request: strips)
+    assert (engine.generate(SMALL).frames.int() - whole.frames.int()).abs().max() <= 1
+
+
+def test_latents_that_are_not_finite_are_refused(engine, monkeypatch):
+    monkeypatch.setattr("wan_fast.engine.denoise", lambda steps, latents, *_, **__: latents.fill_(float("nan")))
+    with pytest.raises(WanFastError, match="latents are NaN or infinite, so there is no picture to decode"):
+        engine.generate(SMALL)
 
 
 def test_the_caller_may_change_what_came_out(engine):

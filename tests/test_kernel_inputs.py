@@ -16,6 +16,7 @@ def good(op):
         return torch.zeros(B, R, D)
 
     x, latents = torch.ones(B, L, D), [torch.ones(3, 2, 4, 6) for _ in range(6)]
+    convolution = {"x": frames(3, 5, 4, 6), "past": frames(2, 5, 4, 6), "weight": kernel(8, 5, 3, 3), "bias": torch.ones(8)}
     return {
         "adaln_modulate": {"x": x, "shift": rows(), "scale": rows(), "split": 0},
         "gated_residual_adaln": {"x": x, "y": x.clone(), "gate": rows(2), "shift": rows(), "scale": rows(), "split": 3},
@@ -35,7 +36,20 @@ def good(op):
         },
         "patchify": {"latents": torch.ones(B, 3, 2, 4, 6)},
         "unpatchify": {"tokens": torch.ones(B, 12, 12), "shape": (2, 4, 6)},
+        "causal_conv3d": {**convolution, "skip": frames(3, 8, 4, 6)},
+        "causal_conv3d_add": {**convolution, "out": frames(3, 8, 4, 6)},
+        "rms_norm_silu": {"x": frames(3, 5, 4, 6), "gamma": torch.ones(5)},
+        "rms_norm_silu_": {"x": frames(3, 5, 4, 6), "gamma": torch.ones(5)},
+        "frames_to_uint8": {"frames": frames(2, 12, 4, 6)},
     }[op]
+
+
+def frames(*shape):
+    return torch.ones(shape).contiguous(memory_format=torch.channels_last)
+
+
+def kernel(out, into, KT, K):
+    return kernels.conv_weight(torch.ones(out, into, KT, K, K))
 
 
 def turned(*shape):
@@ -90,6 +104,39 @@ BAD = [
     ("unpatchify", {"shape": (2, 4, 8)}, r"tokens \[B, 16, 4 C\] for latents of \(2, 4, 8\); got tokens \(2, 12, 12\)"),
     ("unpatchify", {"tokens": torch.ones(B, 12, 13)}, r"got tokens \(2, 12, 13\)"),
     ("unpatchify", {"tokens": turned(B, 12, 12)}, r"tokens contiguous"),
+    ("causal_conv3d", {"x": torch.ones(3, 5, 4)}, r"x \[F, Cin, H, W\].*got x \(3, 5, 4\)"),
+    ("causal_conv3d", {"weight": kernel(8, 4, 3, 3)}, r"weight \[Cout, Cin, KT, K, K\].*weight \(8, 4, 3, 3, 3\)"),
+    ("causal_conv3d", {"bias": torch.ones(7)}, r"bias \(7,\)"),
+    ("causal_conv3d", {"weight": torch.ones(8, 5, 2, 3, 3)}, r"kernels of 1 or 3; got weight \(8, 5, 2, 3, 3\)"),
+    ("causal_conv3d", {"weight": torch.ones(8, 5, 3, 3, 3)}, r"weight as conv_weight lays it out, got strides"),
+    ("causal_conv3d", {"past": frames(1, 5, 4, 6)}, r"past of 2 frames shaped as x's; .*past \(1, 5, 4, 6\)"),
+    ("causal_conv3d", {"past": frames(2, 5, 4, 5)}, r"past \(2, 5, 4, 5\)"),
+    ("causal_conv3d", {"past": frames(2, 5, 4, 6).half()}, r"past in float32, got float16"),
+    ("causal_conv3d", {"x": torch.ones(3, 5, 4, 6)}, r"x \[F, C, H, W\] with the channels innermost"),
+    ("causal_conv3d", {"x": frames(3, 5, 4, 6).double()}, r"x in float32 or bfloat16 or float16, got float64"),
+    ("causal_conv3d", {"form": kernels.Form(stride=2)}, r"stride 2 for kernels of 1 x 3 x 3 alone.*got stride 2"),
+    ("causal_conv3d", {"form": kernels.Form(stride_t=2)}, r"stride_t 2 for 3 x 1 x 1.*stride_t 2, up 1 for 3 x 3 x 3"),
+    ("causal_conv3d", {"form": kernels.Form(up=2)}, r"up 2 for one frame; got .*up 2 for 3 x 3 x 3"),
+    ("causal_conv3d", {"form": kernels.Form(interleave=1)}, r"a skip that fits .*and none where interleaved"),
+    ("causal_conv3d", {"skip": frames(3, 8, 4, 5)}, r"a skip that fits a result \(3, 8, 4, 6\).*skip \(3, 8, 4, 5\)"),
+    ("causal_conv3d", {"skip": frames(2, 8, 2, 3)}, r"skip \(2, 8, 2, 3\)"),
+    ("causal_conv3d", {"skip": torch.ones(3, 8, 4, 6)}, r"skip \[F, C, H, W\] with the channels innermost"),
+    (
+        "causal_conv3d",
+        {"weight": kernel(8, 5, 3, 1), "past": None, "form": kernels.Form(stride_t=2), "skip": None},
+        r"pairs of frames behind a history at stride_t 2.*got 3 frames, 8 channels, no history",
+    ),
+    (
+        "causal_conv3d",
+        {"weight": kernel(7, 5, 3, 1), "bias": torch.ones(7), "form": kernels.Form(interleave=1), "skip": None},
+        r"pairs of channels to interleave; got 3 frames, 7 channels",
+    ),
+    ("causal_conv3d_add", {"out": frames(3, 8, 4, 5)}, r"out \(3, 8, 4, 6\); got out \(3, 8, 4, 5\)"),
+    ("causal_conv3d_add", {"out": torch.ones(3, 8, 4, 6)}, r"out \[F, C, H, W\] with the channels innermost"),
+    ("rms_norm_silu", {"gamma": torch.ones(4)}, r"x \[F, C, H, W\] and gamma \[C\]; .*gamma \(4,\)"),
+    ("rms_norm_silu", {"x": torch.ones(3, 5, 4, 6)}, r"channels innermost"),
+    ("rms_norm_silu_", {"x": frames(3, 5, 4, 6).double()}, r"x in float32 .*got float64"),
+    ("frames_to_uint8", {"frames": frames(2, 6, 4, 6)}, r"frames \[F, 3 p p, h, w\]; got frames \(2, 6, 4, 6\)"),
 ]
 
 
@@ -108,7 +155,7 @@ def test_what_is_wrong_is_refused(op, change, said):
         assert torch.equal(arguments[name], value)
 
 
-@pytest.mark.parametrize("op", ["adaln_modulate", "gelu_tanh"])
+@pytest.mark.parametrize("op", ["adaln_modulate", "gelu_tanh", "rms_norm_silu"])
 def test_tensors_of_two_devices_are_refused(op):
     first, *_, last = (name for name, value in good(op).items() if isinstance(value, torch.Tensor))
     with pytest.raises(ValueError, match=rf"{op} wants all tensors on one device, got {first} on cpu, .*{last} on meta"):

@@ -9,7 +9,7 @@ from models import write_native
 from PIL import Image
 from safetensors.torch import save_file
 
-from wan_fast import planning
+from wan_fast import manifest, planning
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import Device, describe
 from wan_fast.dit import WanDiT, grid_of
@@ -17,8 +17,8 @@ from wan_fast.engine import Engine
 from wan_fast.kernels import KERNELS
 from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
 from wan_fast.planning import FUSED, plan
-from wan_fast.tasks import TASKS, VAES
-from wan_fast.vae import WanVAE
+from wan_fast.tasks import TASKS, TILE_HALO, VAES
+from wan_fast.vae import WanVAE, windows
 
 GIB = 2**30
 FIVE = EngineConfig(task="ti2v-5B", checkpoint="nobody/nothing-here")
@@ -45,7 +45,7 @@ def test_the_released_model_on_a_large_gpu(gpu):
     assert todo.dtype == "bf16" and not todo.memory.offload and todo.checkpoint is None
     assert todo.tokens == 27280 and todo.latent_shape == (48, 31, 44, 80)
     assert todo.memory.weights["text encoder"] == 2 * 5_680_910_336
-    assert todo.memory.weights["VAE"] == 4 * 704_688_668
+    assert todo.memory.weights["VAE"] == 2 * 704_688_668
     assert sum(todo.flops.values()) == pytest.approx(53.7e15, rel=0.01)  # 51.7 of denoising, 2.0 of decoding
     assert todo.seconds_at_least == pytest.approx(54.3, abs=0.3)
     json.dumps(todo.to_dict(), default=str)
@@ -63,7 +63,7 @@ def test_offload_only_where_it_must(gpu):
 
 def test_refuses_with_numbers_and_ways_out(gpu):
     gpu(8)
-    with pytest.raises(WanFastError, match=r"stage decode needs [\d.]+ GiB .* budget is 8.00 GiB; take a smaller --size"):
+    with pytest.raises(WanFastError, match=r"stage denoise needs [\d.]+ GiB .* budget is 8.00 GiB; take a smaller --size"):
         plan(FIVE, CAT)
     with pytest.raises(WanFastError, match=r"stage text needs [\d.]+ GiB .* budget is 8.00 GiB; add --t5_cpu"):
         plan(FIVE, replace(CAT, size=(320, 320), num_frames=17))
@@ -112,20 +112,72 @@ def test_denoising_memory_is_what_the_model_takes(task, dtype):
     assert measured <= planning._denoise_bytes({"model": dims}, shape, size, fused=True) <= 1.2 * measured
 
 
-@pytest.mark.parametrize(("version", "latents"), [("2.1", (16, 5, 60, 104)), ("2.2", (48, 5, 44, 80))])
-@pytest.mark.parametrize("chunk", [1, 2])
-def test_decoding_memory_is_what_the_vae_takes(version, latents, chunk):
+@pytest.mark.parametrize(("version", "latents"), [("2.1", (16, 9, 60, 104)), ("2.2", (48, 9, 44, 80))])
+@pytest.mark.parametrize("decode", [(1, 1, 1), (1, 2, 1), (2, 2, 1), (2, 8, 1), (1, 1, 2), (1, 1, 6)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decoding_memory_is_what_the_vae_takes(version, latents, decode, dtype):
+    dims = VaeDims.of_spec(VAES[version])
+    chunk, piece, tiles = decode
+    with torch.device("meta"):
+        vae = WanVAE(dims).requires_grad_(False).to(dtype)
+        z = torch.empty(latents)
+
+        def decode_all():
+            if tiles == 1:
+                for _ in vae.decode_stream(z, chunk=chunk, piece=piece):
+                    pass
+                return
+            with torch.no_grad():  # what is on the device: the assembled clip is not
+                for _ in vae._decode(z, chunk, piece, windows(*latents[2:], tiles)[1]):
+                    pass
+
+        measured = peak_bytes(decode_all)
+    assert measured <= planning._decode_bytes(dims, latents, *decode, dtype.itemsize, fused=True) <= 1.2 * measured
+
+
+@pytest.mark.parametrize(("version", "latents"), [("2.1", (16, 1, 60, 104)), ("2.2", (48, 1, 44, 80))])
+def test_encoding_memory_is_what_the_vae_takes(version, latents):
     dims = VaeDims.of_spec(VAES[version])
     with torch.device("meta"):
         vae = WanVAE(dims).requires_grad_(False)
-        z = torch.empty(latents)
+        video = torch.empty(3, 1, latents[2] * vae.spec.stride[1], latents[3] * vae.spec.stride[2])
+        measured = peak_bytes(lambda: vae.encode(video))
+    assert measured <= planning._encode_bytes(dims, latents, 4, fused=True) <= 1.3 * measured
 
-        def decode():
-            for _ in vae.decode_chunks(z, chunk=chunk):
-                pass
 
-        measured = peak_bytes(decode)
-    assert measured <= planning._decode_bytes(dims, latents, chunk) <= 1.3 * measured
+def test_a_tiny_budget_decodes_in_strips_and_says_what_they_cost():
+    config = EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu")
+    request = Request(prompt="x", size=(512, 512), num_frames=5)
+    whole, strips = (plan(replace(config, vram=count * 2**20), request) for count in (250, 200))
+    assert (whole.memory.decode_chunk, whole.memory.decode_piece, whole.memory.decode_tiles) == (1, 1, 1)
+    assert strips.memory.decode_tiles == 2 and max(strips.memory.peak.values()) <= 200 * 2**20
+    times = strips.flops["decode"] / whole.flops["decode"]
+    assert 1.2 < times < 1.5 and f"in 2 strips, the same pixels for {times:.2f} times the work" in strips.warnings[-1]
+    # one strip is the whole frame
+    assert planning._tiled_flops(VaeDims.of_spec(VAES["2.2"]), (48, 5, 44, 80), 1) == pytest.approx(
+        manifest.vae_flops(VaeDims.of_spec(VAES["2.2"]), "decoder", 5, 44, 80)
+    )
+
+
+def test_dtype_of_the_vae(gpu):
+    gpu(80)
+    chosen = {d: plan(replace(FIVE, dtype=d), CAT).vae_dtype for d in ("auto", "bf16", "fp32")}
+    assert chosen == {"auto": "bf16", "bf16": "bf16", "fp32": "fp32"}
+    exact = plan(replace(FIVE, vae_dtype="fp32"), CAT).memory
+    assert exact.weights["VAE"] == 4 * 704_688_668
+    assert exact.working["decode"] == pytest.approx(2 * plan(FIVE, CAT).memory.working["decode"])
+
+
+def test_dtype_of_the_vae_on_a_cpu():
+    tiny = EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", dtype="bf16")
+    assert plan(tiny, CAT).vae_dtype == "fp32"
+    assert "fp16" in plan(replace(tiny, vae_dtype="fp16"), CAT).warnings[-1]
+
+
+def test_strips_are_those_of_the_decoder():
+    for h, w, tiles in ((44, 80, 3), (80, 44, 4), (5, 7, 7), (4, 4, 1)):
+        cut = [min(x.last + TILE_HALO, x.size) - max(x.first - TILE_HALO, 0) for x in windows(h, w, tiles)]
+        assert planning._strips((16, 1, h, w), tiles) == [part / (2 * max(h, w)) for part in cut]
 
 
 def test_a_picture_decides_the_shape(tmp_path):

@@ -56,7 +56,8 @@ def test_counted_work_is_that_of_the_plan(engine):
     by_stage = {stage: sum(w.flops for (s, _), w in work.items() if s == stage) for stage in ("denoise", "decode")}
     assert by_stage["denoise"] == pytest.approx(todo.flops["denoise"], rel=0.03)
     assert by_stage["decode"] == pytest.approx(todo.flops["decode"], rel=0.02)
-    assert work["decode", "wan_fast kernel"].bytes == 9 * 64 * 96 * 3 * (4 + 1)
+    assert work["decode", "convolution"].flops > 0.9 * todo.flops["decode"]
+    assert work["decode", "wan_fast kernel"].bytes > 9 * 64 * 96 * 3 * (4 + 1)  # the pixels, and the norms
 
 
 def test_a_profiled_run(engine, tmp_path):

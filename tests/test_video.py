@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,51 @@ def test_gif_and_pictures(tmp_path):
         assert (image.n_frames, image.size, image.info["duration"]) == (9, (64, 48), 50)
     video.write(clip(1), tmp_path / "x.png", 16)
     assert Image.open(tmp_path / "x.png").getpixel((5, 20)) == (220, 40, 30)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
+def test_chunks_make_the_file_that_the_whole_clip_makes(tmp_path, suffix):
+    video.write(clip(), tmp_path / f"whole{suffix}", 16)
+    with video.writing(tmp_path / f"chunks{suffix}", 16) as add:
+        for chunk in clip().split([1, 4, 3, 1]):
+            add(chunk)
+    whole, chunks = (tmp_path / f"{name}{suffix}" for name in ("whole", "chunks"))
+    frames = [Image.open(file).n_frames if suffix == ".gif" else read(file) for file in (whole, chunks)]
+    assert frames[0] == frames[1]
+
+
+def read(file):
+    """The pixels of a video, as bytes."""
+    import av
+
+    with av.open(str(file)) as container:
+        return b"".join(frame.to_ndarray(format="rgb24").tobytes() for frame in container.decode(video=0))
+
+
+def test_bytes_are_written_before_the_last_frame_is_there(tmp_path):
+    noise = torch.randint(256, (120, 96, 96, 3), dtype=torch.uint8)
+    with video.writing(tmp_path / "x.mp4", 16) as add:
+        for chunk in noise.split(6)[:-1]:
+            add(chunk)
+        deadline = time.monotonic() + 60
+        while not (sizes := [file.stat().st_size for file in tmp_path.iterdir()]) or max(sizes) < 1000:
+            assert time.monotonic() < deadline, "nothing has been written"
+            time.sleep(0.01)
+        assert not (tmp_path / "x.mp4").exists()
+        add(noise[-6:])
+    assert len(read(tmp_path / "x.mp4")) == 120 * 96 * 96 * 3
+
+
+def test_what_fails_in_writing_is_raised(tmp_path):
+    with pytest.raises(WanFastError, match=r"x\.mp4"), video.writing(tmp_path / "x.mp4", 16) as add:
+        add(clip(2, 47, 64))  # yuv420p wants even sides
+    with pytest.raises(WanFastError, match=r"x\.mp4"), video.writing(tmp_path / "x.mp4", 16) as add:
+        for _ in range(4):
+            add(clip(2, 47, 64))
+    with pytest.raises(KeyboardInterrupt), video.writing(tmp_path / "x.mp4", 16) as add:
+        add(clip())
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_name_with_a_colon_is_no_protocol(tmp_path, monkeypatch):

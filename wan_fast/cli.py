@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
@@ -110,17 +111,20 @@ def _run(words: Sequence[str]) -> int:
 
     if todo.checkpoint is None:
         _download(config)
-    with _Bars(output.quiet) as bars:
+    with _Bars(output.quiet) as bars, ExitStack() as files:
         engine = wan_fast.Engine(config, request=request, on_progress=bars)
         if (settled := engine.plan(request)).kernels != todo.kernels:
             _say_attention(settled)
         frames = _FloatFrames(todo) if output.save_frames else None
 
         def generate() -> Video:
-            return engine.generate(request, on_progress=bars, on_frames=frames)
+            # the file begins while frames are still decoded, and appears under its name when all is well
+            add = files.enter_context(video.writing(target, todo.request.fps))
+            return engine.generate(request, on_progress=bars, on_frames=frames, on_pixels=add)
 
         profile = _profile(engine, request, generate) if output.profile else None
         result = profile.result if profile else generate()
+        files.close()
         if frames and output.save_frames:
             with video.whole(Path(output.save_frames)) as scratch:
                 save_file({"frames": frames.tensor}, scratch)
@@ -130,7 +134,6 @@ def _run(words: Sequence[str]) -> int:
         if output.stats:
             with video.whole(Path(output.stats)) as scratch:
                 scratch.write_text(json.dumps(result.stats, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
-        video.write(result.frames, target, result.fps)
     if profile:
         profile.write_trace(trace := target.with_suffix(".trace.json"))
         print("\n".join([*profile.table(), f"trace       {trace}; open it in ui.perfetto.dev"]))
@@ -176,6 +179,9 @@ def _plan(words: Sequence[str]) -> int:
     print("weights     " + ", ".join(f"{name} {_gib(count)}" for name, count in memory.weights.items()))
     for stage, peak in memory.peak.items():
         print(f"peak        {stage:8s} {_gib(peak)}, of it working memory {_gib(memory.working[stage])}")
+    chunk, piece = _count(memory.decode_chunk, "latent frame"), _count(memory.decode_piece, "frame")
+    tiles = "whole frames" if memory.decode_tiles == 1 else f"in {memory.decode_tiles} strips"
+    print(f"decode      {chunk} at a time, {piece} of these in the upper levels, {tiles}; VAE in {todo.vae_dtype}")
     for (backend, why), kernels in groupby(todo.kernels, lambda kernel: (kernel.backend, kernel.why)):
         print(f"kernel      {', '.join(kernel.op for kernel in kernels)}: {backend} ({why})")
     print("work        " + ", ".join(f"{stage} {count / 1e12:,.1f} TFLOP" for stage, count in todo.flops.items()))
@@ -190,6 +196,10 @@ def _plan(words: Sequence[str]) -> int:
             f"{step.conditional:11s}  {step.unconditional}"
         )
     return 0
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _say_plan(todo: Plan) -> None:

@@ -84,6 +84,9 @@ class EngineConfig:
     dtype: Literal["auto", "bf16", "fp32"] = option(
         "auto", "compute type of the DiT; auto is bf16 on a GPU, fp32 on a CPU", "--dtype"
     )
+    vae_dtype: Literal["auto", "bf16", "fp16", "fp32"] = option(
+        "auto", "type of the VAE; auto is bf16 on a GPU unless --dtype is fp32, fp32 on a CPU", "--vae_dtype"
+    )
     attention: Literal["auto", "sdpa", "flash", "xformers"] = option("auto", "attention backend", "--attention")
     kernels: Literal["auto", "reference"] = option(
         "auto", "auto: the fused kernels, where there is a GPU; reference: their definition in plain PyTorch", "--kernels"
@@ -116,6 +119,7 @@ class EngineConfig:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise WanFastError(f"unknown device {self.device!r}; choose auto, cuda, cuda:N or cpu")
         _check_choice(self, "dtype", "auto", "bf16", "fp32")
+        _check_choice(self, "vae_dtype", "auto", "bf16", "fp16", "fp32")
         _check_choice(self, "attention", "auto", "sdpa", "flash", "xformers")
         _check_choice(self, "kernels", "auto", "reference")
         if self.vram is not None and self.vram <= 0:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -19,13 +20,15 @@ from torch.utils.flop_counter import flop_registry
 
 from wan_fast.dit import WanDiT, grid_of
 from wan_fast.engine import Engine
-from wan_fast.kernels import KERNELS, frames_to_uint8, guidance_step
+from wan_fast.kernels import KERNELS, guidance_step
+from wan_fast.kernels.causal_conv3d import output_shape
 from wan_fast.manifest import VaeDims
 from wan_fast.planning import Plan
 from wan_fast.vae import WanVAE
 
 # the first pattern that a kernel's or an operator's name matches
 _CLASSES = (
+    ("convolution", "causal_conv3d"),
     ("wan_fast kernel", "|".join(["wan_fast", *KERNELS])),
     ("attention", r"scaled_dot_product|flash|fmha|sdpa|attention"),
     ("convolution", r"conv|fprop|dgrad|implicit"),
@@ -73,7 +76,8 @@ def count_work(engine: Engine, todo: Plan) -> dict[tuple[str, str], Work]:
         work["denoise", "wan_fast kernel"] = work.get(("denoise", "wan_fast kernel"), Work()) + stepped * len(todo.steps)
         shapes = {name: tuple(t.shape) for name, t in engine.models["vae"].state_dict().items()}
         vae = _on_meta(engine.models["vae"], WanVAE(VaeDims.of_shapes(shapes)))
-        decoded = counted(lambda: [frames_to_uint8(c) for c in vae.decode_chunks(clip, chunk=todo.memory.decode_chunk)])
+        memory = todo.memory
+        decoded = counted(lambda: [*vae.decode_stream(clip, chunk=memory.decode_chunk, piece=memory.decode_piece)])
         work |= {("decode", kind): done for kind, done in decoded.items()}
     return work
 
@@ -84,6 +88,24 @@ def counted(call: Callable[[], object]) -> dict[str, Work]:
     with _Count() as count, _CountAttention(count):
         call()
     return dict(count.work)
+
+
+@contextmanager
+def flops_so_far() -> Iterator[Callable[[], float]]:
+    """Counts as `counted` does; yields what has been counted in the block so far."""
+    with _Count() as count, _CountAttention(count):
+        yield lambda: sum(done.flops for done in count.work.values())
+
+
+def convolving(op: Any, args: Sequence[Any]) -> float:
+    """Operations of `causal_conv3d`; a lone frame behind zeros takes one of the three taps over time."""
+    if op not in (KERNELS["causal_conv3d"].op, KERNELS["causal_conv3d_add"].op):
+        return 0
+    x, past, weight = args[1:4] if op is KERNELS["causal_conv3d_add"].op else args[:3]
+    form = args[-1]
+    frames, _, H, W = output_shape(x, weight, (*form[:3], 0, 0))
+    taps = weight[0].numel() // (weight.shape[2] if past is None and len(x) == 1 else 1)
+    return 2.0 * frames * H * W * weight.shape[0] * taps
 
 
 def not_touched(op: Any, args: Sequence[Any]) -> float:
@@ -105,7 +127,7 @@ class _Count(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
             formula = flop_registry.get(func._overloadpacket)
-            flops = formula(*args, **(kwargs or {}), out_val=out) if formula else 0
+            flops = formula(*args, **(kwargs or {}), out_val=out) if formula else convolving(func, args)
             self.add(str(func._schema.name), flops, (args, kwargs, out), less=not_touched(func, args))
             if out is None:  # what it changed it has written
                 written = [a for a, is_ in zip(args, func._schema.arguments, strict=False) if is_.is_write]

@@ -23,7 +23,7 @@ from wan_fast.conditioning import PREPARE, Conditioning
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.dit import Context, WanDiT, fuse, grid_of
 from wan_fast.encoders import TextEncoder, Tokenizer
-from wan_fast.kernels import frames_to_uint8, only_reference
+from wan_fast.kernels import only_reference
 from wan_fast.planning import GIB, Plan, Setup, plan, set_up
 from wan_fast.sampler import denoise
 from wan_fast.solver import Solver
@@ -31,6 +31,7 @@ from wan_fast.steps import Step
 from wan_fast.vae import WanVAE
 
 M = TypeVar("M", bound=nn.Module)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # (stage, done, total): "load" counts bytes, "denoise" steps, "decode" frames, the others pieces
 Progress = Callable[[str, int, int], None]
 
@@ -39,7 +40,8 @@ Progress = Callable[[str, int, int], None]
 class Video:
     """A finished clip.
 
-    frames: [F, H, W, 3] uint8 on the CPU. latents: [C, T, H, W] fp32. stats: seconds and bytes per stage, and the plan.
+    frames: [F, H, W, 3] uint8 on the CPU; F is 0 where `on_pixels` took them. latents: [C, T, H, W] fp32. stats: seconds and
+    bytes per stage, and the plan.
     """
 
     frames: Tensor
@@ -78,7 +80,7 @@ class Engine:
         self.config = replace(config, offload_model=_offload(config, self._setup, request))
         self.spec = config.spec
         self.device = torch.device(self._setup.device.name)
-        self.dtype = torch.bfloat16 if self._setup.dtype == "bf16" else torch.float32
+        self.dtype = DTYPES[self._setup.dtype]
         self._settle_attention()
         self._seconds: dict[str, float] = {}
         with self._stage("load"), _memory_guard(self._setup, f"weights of {opened.num_bytes / GIB:.2f} GiB as stored"):
@@ -95,6 +97,7 @@ class Engine:
         on_step: Callable[[Step], None] | None = None,
         on_progress: Progress | None = None,
         on_frames: Callable[[Tensor], None] | None = None,
+        on_pixels: Callable[[Tensor], None] | None = None,
     ) -> Video:
         """Make one video.
 
@@ -103,6 +106,8 @@ class Engine:
             on_step: called after each denoising step has been issued.
             on_progress: called with (stage, done, total).
             on_frames: called with each decoded chunk, [3, f, H, W] fp32 in [-1, 1], before it is rounded to 8 bits.
+            on_pixels: called with each decoded chunk, [f, H, W, 3] uint8 on the CPU, while the next one is decoded; the clip is
+                then not collected, so that memory does not grow with its length.
 
         Raises:
             WanFastError: the request does not fit the task or the device.
@@ -114,7 +119,7 @@ class Engine:
         peaks = ", ".join(f"{stage} {count / GIB:.2f} GiB" for stage, count in todo.memory.peak.items())
         # made outside inference mode, so that the caller may change it
         width, height = todo.request.size
-        frames = torch.empty(todo.request.num_frames, height, width, 3, dtype=torch.uint8)
+        frames = torch.empty(0 if on_pixels else todo.request.num_frames, height, width, 3, dtype=torch.uint8)
         with (
             torch.inference_mode(),
             only_reference(self.config.kernels == "reference"),
@@ -128,7 +133,7 @@ class Engine:
             with self._stage("denoise"):
                 latents = self._denoise(todo, conditioning, on_step, progress)
             with self._stage("decode"):
-                self._decode(todo, latents, frames, on_frames, progress)
+                self._decode(todo, latents, on_frames, on_pixels or _into(frames), progress)
         return Video(frames=frames, latents=latents.cpu().clone(), fps=todo.request.fps, stats=self._stats(todo))
 
     def encode_text(self, texts: Mapping[str, str]) -> Mapping[str, Tensor]:
@@ -170,19 +175,29 @@ class Engine:
             self._expert(None)
 
     def _decode(
-        self, todo: Plan, latents: Tensor, frames: Tensor, on_frames: Callable[[Tensor], None] | None, progress: Progress
+        self,
+        todo: Plan,
+        latents: Tensor,
+        on_frames: Callable[[Tensor], None] | None,
+        on_pixels: Callable[[Tensor], None],
+        progress: Progress,
     ) -> None:
-        """Fill frames [F, H, W, 3] uint8, chunk by chunk."""
-        done = 0
-        progress("decode", 0, len(frames))
+        """Give on_pixels the frames [f, H, W, 3] uint8, chunk by chunk."""
+        done, memory = 0, todo.memory
+        progress("decode", 0, todo.request.num_frames)
         with self._at_work("vae") as vae:
-            for chunk in vae.decode_chunks(latents, chunk=todo.memory.decode_chunk):
-                if on_frames:
-                    on_frames(chunk)
-                # the official writers truncate video and round pictures
-                frames[done : done + chunk.shape[1]] = frames_to_uint8(chunk, rounding=self.spec.image_only)
-                done += chunk.shape[1]
-                progress("decode", done, len(frames))
+            stream = vae.decode_stream(
+                latents,
+                chunk=memory.decode_chunk,
+                piece=memory.decode_piece,
+                tiles=memory.decode_tiles,
+                rounding=self.spec.image_only,  # the official writers truncate video and round pictures
+                on_frames=on_frames,
+            )
+            for pixels in _on_the_host(stream):
+                on_pixels(pixels)
+                done += pixels.shape[0]
+                progress("decode", done, todo.request.num_frames)
 
     def _noise(self, todo: Plan) -> Tensor:
         if todo.request.noise is not None:
@@ -237,7 +252,7 @@ class Engine:
                 lambda: WanVAE(manifest.VaeDims.of_shapes(vae.shapes)),
                 vae,
                 home,
-                lambda name: torch.float32,
+                lambda name: DTYPES[self._setup.vae_dtype],
                 report=report,
             ),
         }
@@ -325,6 +340,37 @@ def load_model(
             report(tensor.nbytes)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def _into(frames: Tensor) -> Callable[[Tensor], None]:
+    """Fills frames [F, H, W, 3] with what it is given."""
+    done = 0
+
+    def add(pixels: Tensor) -> None:
+        nonlocal done
+        frames[done : done + pixels.shape[0]] = pixels
+        done += pixels.shape[0]
+
+    return add
+
+
+def _on_the_host(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The tensors on the CPU; from a GPU each is copied, and handed over, while the next one is computed."""
+    behind: tuple[Tensor, torch.cuda.Event] | None = None
+    for chunk in chunks:
+        if chunk.device.type == "cpu":
+            yield chunk
+            continue
+        host = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=True).copy_(chunk, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        if behind is not None:
+            behind[1].synchronize()
+            yield behind[0]
+        behind = host, copied
+    if behind is not None:
+        behind[1].synchronize()
+        yield behind[0]
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -232,21 +232,26 @@ def text_flops(shapes: Shapes, tokens: int) -> float:
     return 2.0 * tokens * linear + 4.0 * layers * tokens * tokens * width
 
 
-def vae_flops(dims: VaeDims, part: str, frames: int, height: int, width: int, *, with_zeros: bool = False) -> float:
+def vae_flops(
+    dims: VaeDims, part: str, frames: int, height: int, width: int, *, with_zeros: bool = False, above: int = -1
+) -> float:
     """FLOPs of decoding or encoding a clip of latent size `frames`, `height`, `width`; `part` is decoder or encoder.
 
     Of a convolution over three frames the clip's first frame needs one tap: before it there are zeros, which count only
-    `with_zeros`, as in published figures.
+    `with_zeros`, as in published figures. Of the decoder only layers that stand `above` that many doublings count.
     """
     total = 0.0
     for name, shape in vae_shapes(dims).items():
         inside = name.startswith(part) or name == ("conv2.weight" if part == "decoder" else "conv1.weight")
+        inside = inside and (part == "encoder" or decoder_level(name, dims) > above)
         if inside and len(shape) >= 4 and name.endswith("weight"):
             positions = _positions(name, dims, part, frames, height, width)
             zeros = 0.0
             if len(shape) == 5 and shape[2] == 3 and "time_conv" not in name and not with_zeros:
                 zeros = 2 / 3 * _positions(name, dims, part, 1, height, width)
             total += 2.0 * prod(shape) * (positions - zeros)
+    if above >= 0:
+        return total
     # the middle block's attention: every position of a frame to every other
     head_dim = 4 * (dims.decoder_dim if part == "decoder" else dims.encoder_dim)
     return total + 4.0 * frames * (height * width) ** 2 * head_dim
@@ -283,6 +288,15 @@ def decoder_level(name: str, dims: VaeDims) -> int:
     if match is None:
         return 3 if ".head." in name else 0
     return int(match[1]) if dims.version == "2.2" else int(match[1]) // 4
+
+
+def encoder_level(name: str, dims: VaeDims) -> int:
+    """How often width and height are still to be halved, down to the latent, at an encoder layer's input."""
+    match = re.search(r"downsamples\.(\d+)", name)
+    if match is None:
+        return 3 if name.startswith("encoder.conv1") else 0
+    level = int(match[1]) if dims.version == "2.2" else int(match[1]) // 3
+    return 3 - level - ("time_conv" in name)
 
 
 def _linear(name: str, into: int, out: int) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import pairwise, product
 from math import floor, prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,25 @@ from wan_fast.config import EngineConfig, Request, Resolved, WanFastError, resol
 from wan_fast.device import Device, describe
 from wan_fast.headers import read_safetensors_header
 from wan_fast.steps import Step, step_plan
-from wan_fast.tasks import PATCH, TaskSpec
+from wan_fast.tasks import PATCH, TILE_HALO, TaskSpec
 from wan_fast.video import image_size
 
 GIB = 2**30
-# latent frames decoded at a time, all exact: two are 1.07 x the speed of one on a CPU (2.2 VAE at a quarter of its width,
-# latents 48x3x8x12, fp32, 2 threads of an AMD EPYC), one needs the least memory
-DECODE_CHUNKS = (2, 1)
+# How a clip is decoded, the first that fits: latent frames at a time, and of these, frames at a time in the two upper levels,
+# where the memory is. All are exact. On a CPU two are 1.07 x the speed of one (2.2 VAE at a quarter of its width, latents
+# 48x3x8x12, fp32, 2 threads of an AMD EPYC); on a GPU a single frame of those levels has more tiles than there are processors.
+DECODES = {"cpu": ((2, 8), (1, 4), (1, 1)), "cuda": ((2, 2), (1, 2), (1, 1))}
+# where that is too much, strips one after the other
+TILES = (2, 3, 4, 6, 8, 12, 16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Bytes on the device. `weights` by model, `working` and `peak` by stage."""
+    """Bytes on the device. `weights` by model, `working` and `peak` by stage.
+
+    decode_chunk: latent frames that are decoded at a time. decode_piece: frames of these at a time in the VAE's upper levels.
+    decode_tiles: strips of a frame, one after the other; 1 for whole frames.
+    """
 
     budget: int
     offload: bool
@@ -40,6 +47,8 @@ class MemoryPlan:
     working: Mapping[str, int]
     peak: Mapping[str, int]
     decode_chunk: int
+    decode_piece: int
+    decode_tiles: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +68,7 @@ class Plan:
     request: Resolved
     device: Device
     dtype: str
+    vae_dtype: str
     checkpoint: Checkpoint | None
     latent_shape: tuple[int, int, int, int]
     tokens: int
@@ -83,6 +93,7 @@ class Plan:
             "request": request,
             "device": dataclasses.asdict(self.device),
             "dtype": self.dtype,
+            "vae_dtype": self.vae_dtype,
             "latent_shape": self.latent_shape,
             "tokens": self.tokens,
             "steps": [dataclasses.asdict(step) for step in self.steps],
@@ -100,6 +111,7 @@ class Setup:
 
     device: Device
     dtype: str
+    vae_dtype: str
     kernels: tuple[KernelChoice, ...]
     checkpoint: Checkpoint | None
 
@@ -116,9 +128,10 @@ def set_up(config: EngineConfig) -> Setup:
         checkpoints.check(opened, config.spec)
     device = describe(config.device)
     dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
+    vae_dtype = config.vae_dtype if config.vae_dtype != "auto" else "fp32" if device.type == "cpu" else dtype
     # last: on a GPU it has to import torch
     kernels = kernel_plan(config, device, dtype)
-    return Setup(device=device, dtype=dtype, kernels=kernels, checkpoint=opened)
+    return Setup(device=device, dtype=dtype, vae_dtype=vae_dtype, kernels=kernels, checkpoint=opened)
 
 
 def plan(config: EngineConfig, request: Request, setup: Setup | None = None) -> Plan:
@@ -145,24 +158,36 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None) -> 
         warnings.append(f"{spec.name} was not trained for {todo.size[0]}*{todo.size[1]}; it was for {known}")
     if config.offload_model and setup.device.type == "cpu":
         warnings.append("--offload_model True changes nothing: the device is the CPU, where the models are already")
+    if setup.vae_dtype == "fp16" and setup.device.type == "cpu":
+        warnings.append("--vae_dtype fp16 is very slow on a CPU; bf16 or fp32 is not")
     latent_shape = spec.vae_spec.latent_shape(todo.size, todo.num_frames)
     if todo.noise is not None:
         _check_noise(Path(todo.noise), latent_shape)
     tokens = prod(latent_shape[1:]) // prod(PATCH)
     steps = step_plan(spec, todo.solver, todo.num_steps, todo.shift, todo.guidance_scale)
     models = _Models.of(spec, opened)
+    memory = _memory_plan(config, models, setup, latent_shape, todo)
+    flops = _flops(models, steps, latent_shape, tokens, todo)
+    if memory.decode_tiles > 1:
+        times = _tiled_flops(models.vae, latent_shape, memory.decode_tiles) / flops["decode"]
+        flops["decode"] *= times
+        warnings.append(
+            f"to keep the budget of {_gib(memory.budget)} frames are decoded in {memory.decode_tiles} strips, the same pixels "
+            f"for {times:.2f} times the work; the clip waits in host memory until the last strip is done"
+        )
     return Plan(
         config=config,
         request=todo,
         device=setup.device,
         dtype=setup.dtype,
+        vae_dtype=setup.vae_dtype,
         checkpoint=opened,
         latent_shape=latent_shape,
         tokens=tokens,
         steps=steps,
-        memory=_memory_plan(config, models, setup, latent_shape, todo),
+        memory=memory,
         kernels=setup.kernels,
-        flops=_flops(models, steps, latent_shape, tokens, todo),
+        flops=flops,
         warnings=tuple(warnings),
     )
 
@@ -219,7 +244,8 @@ def _memory_plan(
         label = "DiT" if name == "model" else f"DiT {name}"
         shapes = manifest.dit_shapes(dims).items()
         weights[label] = sum(prod(s) * (4 if manifest.stays_fp32(n) else size) for n, s in shapes)
-    weights["VAE"] = 4 * manifest.num_parameters(manifest.vae_shapes(models.vae))
+    vae_size = 4 if setup.vae_dtype == "fp32" else 2
+    weights["VAE"] = vae_size * manifest.num_parameters(manifest.vae_shapes(models.vae))
     if config.t5_cpu and device.type != "cpu":
         weights["text encoder"] = 0
     budget = config.vram if config.vram is not None else device.free
@@ -232,10 +258,15 @@ def _memory_plan(
     }
     if request.image is not None:
         at_work["encode"] = ["VAE"]
-        working["encode"] = _decode_bytes(models.vae, (latent_shape[0], 1, *latent_shape[2:]), 1)
+        working["encode"] = _encode_bytes(models.vae, latent_shape, vae_size, fused)
     asked = config.offload_model if device.type != "cpu" else False
-    for offload, chunk in product((False, True) if asked is None else (asked,), DECODE_CHUNKS):
-        working["decode"] = _decode_bytes(models.vae, latent_shape, chunk)
+    whole = [(*decode, 1) for decode in DECODES[device.type]]
+    tiled = [(*DECODES[device.type][-1], tiles) for tiles in TILES if tiles <= max(latent_shape[2:])]
+    placings = (False, True) if asked is None else (asked,)
+    for offload, decode in (*product(placings, whole), *product(placings, tiled)):
+        working["decode"] = _decode_bytes(models.vae, latent_shape, *decode, vae_size, fused)
+        if decode[-1] > 1 and device.type == "cpu":  # where the clip waits for its last strip
+            working["decode"] += 3 * vae_size * prod(request.size) * request.num_frames
         # with offload one model at a time is on the device: of two experts the larger counts
         resident = {
             stage: max(weights[label] for label in labels) if offload else sum(weights.values())
@@ -243,7 +274,15 @@ def _memory_plan(
         }
         peak = {stage: resident[stage] + working[stage] for stage in at_work}
         if max(peak.values()) <= budget:
-            return MemoryPlan(budget=budget, offload=offload, weights=weights, working=working, peak=peak, decode_chunk=chunk)
+            names = ("decode_chunk", "decode_piece", "decode_tiles")
+            return MemoryPlan(
+                budget=budget,
+                offload=offload,
+                weights=weights,
+                working=working,
+                peak=peak,
+                **dict(zip(names, decode, strict=True)),
+            )
     worst = max(peak, key=lambda stage: peak[stage])
     absent = "" if setup.checkpoint else f" (checkpoint {config.checkpoint or config.spec.hub_id} is not here: released sizes)"
     raise WanFastError(
@@ -291,20 +330,57 @@ def _denoise_bytes(experts: Mapping[str, manifest.DiTDims], latent_shape: tuple[
     return largest + 10 * 4 * prod(latent_shape)
 
 
-def _decode_bytes(dims: manifest.VaeDims, latent_shape: tuple[int, ...], chunk: int) -> int:
-    """Peak working bytes of decoding `chunk` latent frames at a time.
+def _decode_bytes(
+    dims: manifest.VaeDims, latent_shape: tuple[int, ...], chunk: int, piece: int, tiles: int, size: int, fused: bool
+) -> int:
+    """Peak working bytes of `WanVAE.decode_stream`, `size` bytes to an element.
 
-    Two frames of history per temporal convolution, and what is alive at the widest level, counted in tensors as wide as
-    that level's input: 4 in the 2.2 decoder, which keeps the level's input for its shortcut, 2.5 in the 2.1 one.
+    Two frames of history per temporal convolution; what a chunk is below the upper two levels, and a piece at their widest,
+    where `fused` is False with what the references hold beside their results.
     """
     _, T, h, w = latent_shape
-    frames = 4 * min(chunk, T - 1) if T > 1 else 1
-    history = 0
+    strip = max(_strips(latent_shape, tiles))
+    history = 0.0
     for name, shape in manifest.vae_shapes(dims).items():
         if name.startswith("decoder") and len(shape) == 5 and shape[2] == 3:
-            history += 2 * shape[1] * h * w * 4 ** manifest.decoder_level(name, dims) * 4
-    widest = 4 * frames * 2 * dims.decoder_dim * h * w * 4**3
-    return int(1.2 * history + (4.1 if dims.version == "2.2" else 2.6) * widest)
+            level = manifest.decoder_level(name, dims)
+            history += size * 2 * shape[1] * h * w * 4**level * (strip if level else 1)
+    frames = 4 * min(chunk, T - 1) if T > 1 else 1
+    # Wan 2.1 halves the width as it doubles the height
+    width = size * dims.decoder_dim * h * w * (2 if dims.version == "2.2" else 1)
+    below, frame = 32 * frames * width, 64 * width * strip
+    if dims.version == "2.2":
+        alive = below * strip + (2.55 * min(piece, frames) + 1.65) * frame
+    else:
+        above = (1.5 * strip + 0.8) * below + (2.1 * min(piece, frames) + 2.1) * frame
+        alive = max(above, 3.5 * below * strip)
+    return int(1.01 * history + alive) if fused else int(1.2 * history + 1.5 * alive)
+
+
+def _encode_bytes(dims: manifest.VaeDims, latent_shape: tuple[int, ...], size: int, fused: bool) -> int:
+    """Peak working bytes of encoding one picture: the histories, and what is alive at the first level."""
+    h, w = latent_shape[2:]
+    history = 0
+    for name, shape in manifest.vae_shapes(dims).items():
+        if name.startswith("encoder") and len(shape) == 5 and shape[2] == 3:
+            history += size * 2 * shape[1] * h * w * 4 ** manifest.encoder_level(name, dims)
+    alive = size * 4 * dims.encoder_dim * h * w * 64
+    return history + alive if fused else int(1.2 * history + 1.5 * alive)
+
+
+def _strips(latent_shape: tuple[int, ...], tiles: int) -> list[float]:
+    """Parts of the longer side that the strips take with their halos, as `wan_fast.vae.windows` cuts them."""
+    size = 2 * max(latent_shape[2:])
+    edges = [round(i * size / tiles) for i in range(tiles + 1)]
+    return [(min(b + TILE_HALO, size) - max(a - TILE_HALO, 0)) / size for a, b in pairwise(edges)]
+
+
+def _tiled_flops(dims: manifest.VaeDims, latent_shape: tuple[int, ...], tiles: int) -> float:
+    """FLOPs of decoding in strips: what is below the latent's doubled size for each of them, the others with their halos."""
+    T, h, w = latent_shape[1:]
+    every = manifest.vae_flops(dims, "decoder", T, h, w)
+    above = manifest.vae_flops(dims, "decoder", T, h, w, above=0)
+    return tiles * (every - above) + sum(_strips(latent_shape, tiles)) * above
 
 
 def _check_noise(file: Path, latent_shape: tuple[int, ...]) -> None:
@@ -321,8 +397,16 @@ def _check_noise(file: Path, latent_shape: tuple[int, ...]) -> None:
 
 # those of wan_fast.kernels, which only a GPU's plan imports
 FUSED = (
-    *("adaln_modulate", "frames_to_uint8", "gated_residual_adaln", "gelu_tanh", "guidance_step"),
-    *("patchify", "qk_norm_rope", "unpatchify"),
+    *(
+        "adaln_modulate",
+        "causal_conv3d",
+        "causal_conv3d_add",
+        "frames_to_uint8",
+        "gated_residual_adaln",
+        "gelu_tanh",
+        "guidance_step",
+    ),
+    *("patchify", "qk_norm_rope", "rms_norm_silu", "rms_norm_silu_", "unpatchify"),
 )
 
 
@@ -331,7 +415,6 @@ def kernel_plan(config: EngineConfig, device: Device, dtype: str) -> tuple[Kerne
     return (
         _attention(config.attention, device, dtype),
         KernelChoice(op="linear", backend=f"torch {dtype}", why="the only one in this version"),
-        KernelChoice(op="causal_conv3d", backend="torch fp32", why="the only one in this version"),
         *(_fused(op, config.kernels, device) for op in FUSED),
     )
 

@@ -10,6 +10,10 @@ from typing import Any
 
 HEAD_DIM = 128
 PATCH = (1, 2, 2)
+# How far a pixel sees sideways from below the three upper levels of the VAE's decoder, counted there, where width and height
+# are twice the latent's: six convolutions per level, one per doubling and one in the head, of 3 x 3 each, are
+# 6 + (1 + 6) / 2 + (1 + 6 + 1) / 4 = 11.5.
+TILE_HALO = 12
 TEXT_LEN = 512
 TEXT_DIM = 4096
 FREQ_DIM = 256

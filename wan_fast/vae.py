@@ -11,31 +11,29 @@ latents are [C, T, h, w] and videos [3, F, H, W].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wan_fast.config import WanFastError
+from wan_fast.kernels import (
+    Form,
+    add_skip_,
+    causal_conv3d,
+    causal_conv3d_add,
+    conv_weight,
+    frames_to_uint8,
+    rms_norm_silu,
+    rms_norm_silu_,
+)
 from wan_fast.manifest import VaeDims
-from wan_fast.tasks import VAES, VaeSpec
+from wan_fast.tasks import TILE_HALO, VAES, VaeSpec
 
 CHANNELS_LAST = torch.channels_last
-
-# On a CPU in fp32, a convolution of at least this many input channels on frames of at least this many positions runs as
-# `_winograd`, 1.4 x the speed of conv3d at 64 to 384 channels; on smaller frames transforming the weights costs what it
-# saves. The others run as `_stacked`: oneDNN's conv3d is 2 to 10 x slower than its conv2d at 8 to 32 channels.
-# (AMD EPYC, AVX2, PyTorch 2.13)
-WIDE_CHANNELS = 64
-LARGE_FRAME = 384
-
-# Work on a CPU goes in blocks that stay in the cache from one step to the next; of 1 to 16 MiB this was the steadiest.
-BLOCK_BYTES = 8 << 20
-
-# A doubled row sees the kernel's three rows fold onto two rows of the frame it was doubled from:
-# [parity of the row, folded row, kernel row]. The same for columns.
-FOLD = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
 
 class Stream:
@@ -44,21 +42,34 @@ class Stream:
     Attributes:
         first: whether the chunk under way is the first one, which is a single frame.
         history: layer -> its last input frames [1 or 2, C, H, W]; a layer that is not in it has seen only zeros.
+        tf32: whether convolutions in fp32 may round their factors to TF32 on a GPU.
     """
 
     def __init__(self) -> None:
         self.first = True
         self.history: dict[nn.Module, Tensor] = {}
+        self.tf32 = torch.backends.cudnn.allow_tf32
 
-    def remember(self, layer: nn.Module, x: Tensor, count: int) -> None:
-        """Keep the last `count` frames of what `layer` has been given so far. x: [F, C, H, W]."""
-        kept = self.history.get(layer)
-        if kept is None:
-            kept = self.history[layer] = empty_frames(x, count, *x.shape[1:]).zero_()
-        new = min(count, x.shape[0])
-        for index in range(count - new):
-            kept[index] = kept[index + new]
-        kept[count - new :] = x[x.shape[0] - new :]
+    def convolve(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        out: Tensor | None = None,
+        skip: Tensor | None = None,
+        **form: int,
+    ) -> Tensor:
+        """`causal_conv3d` behind what `layer` has been given so far, into a new tensor or added to out; `form` as there."""
+        past, how = self.history.get(layer), Form(**form, tf32=self.tf32)
+        if out is None:
+            out, kept = causal_conv3d(x, past, weight, bias, how, skip=skip)
+        else:
+            kept = causal_conv3d_add(out, x, past, weight, bias, how)
+        if len(kept):
+            self.history[layer] = kept
+        return out
 
 
 class CausalConv3d(nn.Module):
@@ -68,93 +79,20 @@ class CausalConv3d(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Conv3d(in_channels, out_channels, (3, size, size)).parameters()
 
-    def forward(self, x: Tensor, stream: Stream, out: Tensor | None = None) -> Tensor:
-        """x: [F, Cin, H, W]. `out`: [F, Cout, H, W] to add the result to, in place. Returns: [F, Cout, H, W]."""
-        y = causal_conv3d(x, stream.history.get(self), self.weight, self.bias, out)
-        stream.remember(self, x, 2)
-        return y
+    def forward(
+        self,
+        x: Tensor,
+        stream: Stream,
+        *,
+        out: Tensor | None = None,
+        skip: Tensor | None = None,
+        interleave: bool = False,
+    ) -> Tensor:
+        """x: [F, Cin, H, W]. `out`: [F, Cout, H, W] to add the result to, in place. `skip`: one to add to it.
 
-
-def causal_conv3d(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
-    """Causal convolution of a chunk, zeros around height and width.
-
-    Args:
-        x: [F, Cin, H, W].
-        past: [2, Cin, H, W], the two frames before x; None for zeros.
-        weight: [Cout, Cin, 3, k, k].
-        bias: [Cout].
-        out: [F, Cout, H, W] to add to, in place; None for a new tensor.
-
-    Returns:
-        [F, Cout, H, W], accumulated in fp32.
-    """
-    if past is None and x.shape[0] > 1:
-        past = torch.zeros_like(x[:2])
-    if is_cpu_fp32(x):
-        large = x.shape[1] >= WIDE_CHANNELS and x.shape[2] * x.shape[3] >= LARGE_FRAME
-        return (_winograd if large else _stacked)(x, past, weight, bias, out)
-    # a lone frame behind zeros needs one of the three taps
-    frames, weight = (x, weight[:, :, 2:]) if past is None else (torch.cat([past, x]), weight)
-    halo = weight.shape[-1] // 2
-    y = F.conv3d(frames.transpose(0, 1)[None], weight, bias, padding=(0, halo, halo))[0].transpose(0, 1)
-    return y.contiguous(memory_format=CHANNELS_LAST) if out is None else out.add_(y)
-
-
-def _stacked(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
-    """`causal_conv3d` as one 2-D convolution over the channels of three frames."""
-    count, halo = x.shape[0], weight.shape[-1] // 2
-    if past is None:
-        taps, kernel = x, weight[:, :, 2]
-    else:
-        frames = torch.cat([past, x])
-        taps = torch.cat([frames[tap : tap + count] for tap in range(3)], dim=1)
-        kernel = torch.cat(weight.unbind(2), dim=1)
-    y = F.conv2d(taps, kernel.contiguous(memory_format=CHANNELS_LAST), bias, padding=halo)
-    return y if out is None else out.add_(y)
-
-
-def _winograd(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, out: Tensor | None) -> Tensor:
-    """`causal_conv3d` in four 2-D convolutions for two frames instead of six: F(2, 3) over time, arXiv 1509.09308."""
-    count, _, height, width = x.shape
-    halo = weight.shape[-1] // 2
-    write = Tensor.copy_ if out is None else Tensor.add_
-    if out is None:
-        out = empty_frames(x, count, weight.shape[0], height, width)
-    first, centre, last = (tap.contiguous(memory_format=CHANNELS_LAST) for tap in weight.unbind(2))
-    both, half = (first + last).mul_(0.5), centre * 0.5
-    plus, minus = both + half, both.sub_(half)
-    strip = max(1, BLOCK_BYTES // (4 * width * max(weight.shape[:2])))
-    for top in range(0, height, strip):
-        bottom = min(top + strip, height)
-        edges = (0, 0, halo if top == 0 else 0, halo if bottom == height else 0)
-        rows = slice(max(top - halo, 0), bottom + halo)
-        frames = [*(() if past is None else past[:, :, rows].split(1)), *x[:, :, rows].split(1)]
-        target = out[:, :, top:bottom].split(1)
-        for i in range(0, count - 1, 2):
-            d0, d1, d2, d3 = frames[i : i + 4]
-            m1, m2 = _conv_rows(d1 + d2, plus, bias, edges), _conv_rows(d2 - d1, minus, None, edges)
-            write(target[i], _conv_rows(d0 - d2, first, None, edges).add_(m1).add_(m2))
-            write(target[i + 1], _conv_rows(d3 - d1, last, None, edges).add_(m1).sub_(m2))
-        if count % 2:
-            y = _conv_rows(frames[-1], last, bias, edges)
-            if past is not None:
-                y += _conv_rows(frames[-2], centre, None, edges)
-                y += _conv_rows(frames[-3], first, None, edges)
-            write(target[-1], y)
-    return out
-
-
-def _conv_rows(x: Tensor, weight: Tensor, bias: Tensor | None, edges: tuple[int, int, int, int]) -> Tensor:
-    """Convolve a strip [1, Cin, rows, W] that brings its neighbours' rows along, but for the zeros of `edges`."""
-    return F.conv2d(F.pad(x, edges) if any(edges) else x, weight, bias, padding=(0, weight.shape[-1] // 2))
-
-
-def is_cpu_fp32(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32
-
-
-def empty_frames(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=CHANNELS_LAST)
+        Returns: [F, Cout, H, W], or with `interleave` [2F, Cout / 2, H, W].
+        """
+        return stream.convolve(self, x, self.weight, self.bias, out=out, skip=skip, interleave=interleave)
 
 
 class PointwiseConv3d(nn.Conv3d):
@@ -165,7 +103,12 @@ class PointwiseConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [F, Cin, H, W]. Returns: [F, Cout, H, W]."""
-        return F.conv2d(x, self.weight[:, :, 0], self.bias)
+        return pointwise(x, self.weight, self.bias)
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x: [F, Cin, H, W] channels-last, through a kernel of one position as a matrix product. Returns: [F, Cout, H, W]."""
+    return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 class RMSNorm(nn.Module):
@@ -177,19 +120,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, *, silu: bool = False, inplace: bool = False) -> Tensor:
         """x: [F, C, H, W]. Returns: [F, C, H, W], reduced in fp32, through SiLU where asked; `inplace` may overwrite x."""
-        channels = x.shape[1]
         x = x.contiguous(memory_format=CHANNELS_LAST)  # no copy, but where a convolution chose another layout
-        out = x if inplace else torch.empty_like(x)
-        gamma = self.gamma.flatten()
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        block = BLOCK_BYTES // (4 * channels) if x.device.type == "cpu" else x.numel()
-        x_rows, out_rows = (t.permute(0, 2, 3, 1).view(-1, channels).split(block) for t in (x, out))
-        for row, target in zip(x_rows, out_rows, strict=True):
-            norm = torch.linalg.vector_norm(row, dim=1, keepdim=True, dtype=dtype).clamp_min_(1e-12)
-            torch.mul(row, channels**0.5 / norm, out=target).mul_(gamma)
-            if silu:
-                F.silu(target, inplace=True)
-        return out
+        if not inplace:
+            return rms_norm_silu(x, self.gamma.flatten(), silu=silu)
+        rms_norm_silu_(x, self.gamma.flatten(), silu=silu)
+        return x
 
 
 class ResidualBlock(nn.Module):
@@ -208,12 +143,15 @@ class ResidualBlock(nn.Module):
         )
         self.shortcut = PointwiseConv3d(in_channels, out_channels) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        """x: [F, Cin, H, W], overwritten where the width stays. Returns: [F, Cout, H, W]."""
+    def forward(self, x: Tensor, stream: Stream, *, keep: bool = False) -> Tensor:
+        """x: [F, Cin, H, W], which may be overwritten unless `keep`. Returns: [F, Cout, H, W]."""
         layer = self.residual
-        h = layer["2"](layer["0"](x, silu=True), stream)
+        skip = x if self.shortcut is None else self.shortcut(x)
+        h = layer["2"](layer["0"](x, silu=True, inplace=not keep and skip is not x), stream)
         h = layer["3"](h, silu=True, inplace=True)
-        return layer["6"](h, stream, out=x if self.shortcut is None else self.shortcut(x))
+        if keep and skip is x:
+            return layer["6"](h, stream, skip=x)
+        return layer["6"](h, stream, out=skip)
 
 
 class AttentionBlock(nn.Module):
@@ -228,9 +166,9 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """x: [F, C, H, W]. Returns: [F, C, H, W]."""
         f, c, h, w = x.shape
-        qkv = self.to_qkv(self.norm(x)).permute(0, 2, 3, 1).reshape(f, 1, h * w, 3 * c)
+        qkv = pointwise(self.norm(x), *self.to_qkv.parameters()).permute(0, 2, 3, 1).view(f, 1, h * w, 3 * c)
         y = F.scaled_dot_product_attention(*qkv.split(c, dim=-1))
-        return self.proj(y.reshape(f, h, w, c).permute(0, 3, 1, 2)).add_(x)
+        return pointwise(y.view(f, h, w, c).permute(0, 3, 1, 2), *self.proj.parameters()).add_(x)
 
 
 class Downsample(nn.Module):
@@ -241,21 +179,20 @@ class Downsample(nn.Module):
         self.resample = nn.ModuleDict({"1": nn.Conv2d(channels, channels, 3, stride=2)})
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        """x: [F, C, H, W]. Returns: [F or F / 2, C, H / 2, W / 2]."""
-        x = self.resample["1"](F.pad(x, (0, 1, 0, 1)))
+    def forward(self, x: Tensor, stream: Stream, skip: Tensor | None = None) -> Tensor:
+        """x: [F, C, H, W]. `skip`: what is added to the result. Returns: [F or F / 2, C, H / 2, W / 2]."""
+        weight, bias = self.resample["1"].parameters()
+        # the last convolution adds the skip
+        own = skip if self.time_conv is None else None
+        x = stream.convolve(self.resample["1"], x, weight[:, :, None], bias, stride=2, skip=own)
         if self.time_conv is None:
             return x
-        past = stream.history.get(self)
-        frames = None if past is None else torch.cat([past, x])
-        stream.remember(self, x, 1)
-        if frames is None:
-            return x
-        first, centre, last = self.time_conv.weight.unbind(2)
-        y = F.conv2d(frames[:-1:2], first, self.time_conv.bias)
-        y += F.conv2d(frames[1::2], centre)
-        y += F.conv2d(frames[2::2], last)
-        return y
+        if not stream.first:
+            return stream.convolve(self.time_conv, x, *self.time_conv.parameters(), stride_t=2, skip=skip)
+        stream.history[self.time_conv] = x[-1:].clone()  # what follows writes over x
+        if skip is not None:  # the first frame has a frame of zeros before it, so it goes to the second of two channels
+            add_skip_(x[:, 1::2], skip)
+        return x
 
 
 class Upsample(nn.Module):
@@ -266,38 +203,13 @@ class Upsample(nn.Module):
         self.resample = nn.ModuleDict({"1": nn.Conv2d(in_channels, out_channels, 3, padding=1)})
         self.time_conv = CausalConv3d(in_channels, 2 * in_channels, size=1) if temporal else None
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        """x: [F, Cin, H, W]. Returns: [F or 2F, Cout, 2H, 2W]."""
+    def forward(self, x: Tensor, stream: Stream, skip: Tensor | None = None) -> Tensor:
+        """x: [F, Cin, H, W]. `skip`: what is added to the result. Returns: [F or 2F, Cout, 2H, 2W]."""
         # the first frame is no history to the second one: the temporal convolution starts behind it, on zeros
         if self.time_conv is not None and not stream.first:
-            f, c, h, w = x.shape
-            x = self.time_conv(x, stream).view(f, 2, c, h, w).flatten(0, 1).contiguous(memory_format=CHANNELS_LAST)
+            x = self.time_conv(x, stream, interleave=True)
         weight, bias = self.resample["1"].parameters()
-        if is_cpu_fp32(x) and x.shape[2] * x.shape[3] >= LARGE_FRAME:
-            return _doubled_conv2d(x, weight, bias)
-        return F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), weight, bias, padding=1)
-
-
-def _doubled_conv2d(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """3 x 3 convolution of nearest-doubled frames from the frames themselves: a 2 x 2 kernel for each parity.
-
-    Args:
-        x: [F, Cin, H, W].
-        weight: [Cout, Cin, 3, 3].
-        bias: [Cout].
-
-    Returns:
-        [F, Cout, 2H, 2W].
-    """
-    f, _, h, w = x.shape
-    out = empty_frames(x, f, weight.shape[0], 2 * h, 2 * w)
-    for row, row_fold in enumerate(weight.new_tensor(FOLD)):
-        for column, column_fold in enumerate(weight.new_tensor(FOLD)):
-            kernel = (row_fold @ weight @ column_fold.T).contiguous(memory_format=CHANNELS_LAST)
-            for frame, target in zip(x.split(1), out.split(1), strict=True):
-                y = F.conv2d(frame, kernel, bias, padding=1)
-                target[:, :, row::2, column::2] = y[:, :, row : row + h, column : column + w]
-    return out
+        return stream.convolve(self.resample["1"], x, weight[:, :, None], bias, up=2, skip=skip)
 
 
 class DownLevel(nn.Module):
@@ -309,20 +221,9 @@ class DownLevel(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """x: [F, Cin, H, W]. Returns: [F', Cout, H', W']."""
-        # blocks write over their input, which the sum below needs
-        y = x.clone()
-        for layer in self.downsamples:
-            y = layer(y, stream)
-        if not isinstance(self.downsamples[-1], Downsample):
-            return y.add_(x)
-        x = F.avg_pool2d(x, 2)
-        if self.downsamples[-1].time_conv is None:
-            return y.add_(x)
-        # channels 2c and 2c + 1 take the earlier and the later frame of a pair; the first frame comes behind a zero one
-        y[:, 1::2] += x[-1::2] if stream.first else x[1::2]
-        if not stream.first:
-            y[:, 0::2] += x[0::2]
-        return y
+        first, second, *rest = self.downsamples
+        y = second(first(x, stream, keep=True), stream)
+        return rest[0](y, stream, skip=x) if rest else y.add_(x)
 
 
 class UpLevel(nn.Module):
@@ -334,22 +235,9 @@ class UpLevel(nn.Module):
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         """x: [F, Cin, H, W]. Returns: [F', Cout, H', W']."""
-        if not isinstance(self.upsamples[-1], Upsample):
-            for layer in self.upsamples:
-                x = layer(x, stream)
-            return x
-        # blocks write over their input, which the sum below needs
-        y = x.clone()
-        for layer in self.upsamples:
-            y = layer(y, stream)
-        times = 1 if stream.first or self.upsamples[-1].time_conv is None else 2
-        step = x.shape[1] // y.shape[1]
-        for time in range(times):
-            for row in range(2):
-                for column in range(2):
-                    # with half as many output channels, even rows take the even input channels and odd rows the odd
-                    y[time::times, :, row::2, column::2] += x[:, row * (step - 1) :: step]
-        return y
+        first, second, third, *rest = self.upsamples
+        y = third(second(first(x, stream, keep=bool(rest)), stream), stream)
+        return rest[0](y, stream, skip=x) if rest else y
 
 
 class Encoder(nn.Module):
@@ -397,12 +285,51 @@ class Decoder(nn.Module):
         self.upsamples = nn.ModuleList(levels)
         self.head = nn.ModuleDict({"0": RMSNorm(dim), "2": CausalConv3d(dim, out_channels)})
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        """x: [F, C, h, w]. Returns: [F', Cout, 8h, 8w], pixels."""
+    def forward(self, x: Tensor, stream: Stream, piece: int, window: Window | None = None) -> Iterator[Tensor]:
+        """A chunk, whose frames pass the two upper levels, which hold the memory, in pieces: time is doubled below them.
+
+        Args:
+            x: [F, C, h, w].
+            stream: of this video, or of this part of it.
+            piece: frames at a time.
+            window: the part of the frame to compute; None for all of it.
+
+        Yields:
+            [at most piece, Cout, 8h, 8w], pixels; of a window its own rows or columns.
+        """
+        layers = list(self.upsamples)
+        per_level = len(layers) // 4 + len(layers) % 4  # 1 in Wan 2.2; 4 in 2.1, whose last level has 3
         x = self.conv1(x, stream)
-        for layer in (*self.middle, *self.upsamples):
+        for layer in (*self.middle, *layers[:per_level]):
             x = layer(x, stream)
-        return self.head["2"](self.head["0"](x, silu=True, inplace=True), stream)
+        if window is not None:
+            x = window.take(x)
+        for layer in layers[per_level : 2 * per_level]:
+            x = layer(x, stream)
+        for y in x.split(piece):
+            for layer in layers[2 * per_level :]:
+                y = layer(y, stream)
+            y = self.head["2"](self.head["0"](y, silu=True, inplace=True), stream)
+            yield y if window is None else window.keep(y)
+
+
+class Window(NamedTuple):
+    """A strip of a frame, and beside it what its pixels depend on: first and last row or column, where width and height are
+    twice the latent's, and the frame's size there. `dim` is 2 for rows, 3 for columns."""
+
+    dim: int
+    first: int
+    last: int
+    size: int
+
+    def take(self, x: Tensor) -> Tensor:
+        """[F, C, 2h, 2w] -> the strip and its halo."""
+        start, end = max(self.first - TILE_HALO, 0), min(self.last + TILE_HALO, self.size)
+        return x.narrow(self.dim, start, end - start).contiguous(memory_format=CHANNELS_LAST)
+
+    def keep(self, y: Tensor) -> Tensor:
+        """Its pixels, four to a row or column -> those of the strip alone."""
+        return y.narrow(self.dim, 4 * min(self.first, TILE_HALO), 4 * (self.last - self.first))
 
 
 def middle(channels: int) -> nn.ModuleList:
@@ -426,17 +353,22 @@ class WanVAE(nn.Module):
         self.conv1 = PointwiseConv3d(2 * dims.channels, 2 * dims.channels)
         self.conv2 = PointwiseConv3d(dims.channels, dims.channels)
         self.decoder = Decoder(dims.version, dims.channels, dims.decoder_dim, pixels)
-        self.register_load_state_dict_post_hook(_weights_channels_last)
+        _lay_out_weights(self)
+        self.register_load_state_dict_post_hook(_lay_out_weights)
 
     def encode(self, video: Tensor) -> Tensor:
         """Normalised mean latents of a video.
 
         Args:
-            video: [3, F, H, W] in [-1, 1], F = 4n + 1.
+            video: [3, F, H, W] in [-1, 1], F = 4n + 1; H and W are multiples of the spatial stride.
 
         Returns:
             [C, T, h, w] fp32, T = n + 1.
+
+        Raises:
+            ValueError: the video has another shape.
         """
+        self._check_video(video)
         num_frames = video.shape[1]
         starts = [0, *range(1, num_frames, 4), num_frames]
         return self.encode_stream((video[:, a:b] for a, b in pairwise(starts)), num_frames)
@@ -451,6 +383,9 @@ class WanVAE(nn.Module):
 
         Returns:
             [C, T, h, w] fp32, T = n + 1.
+
+        Raises:
+            ValueError: the number of frames is another, or a chunk has another shape.
         """
         if num_frames % 4 != 1:
             raise ValueError(f"a video of {num_frames} frames cannot be encoded: the number must be 4n + 1")
@@ -458,6 +393,12 @@ class WanVAE(nn.Module):
         mean, std = self._statistics(parameter.device)
         stream, latents, end = Stream(), None, 0
         for chunk in chunks:
+            self._check_video(chunk)
+            if chunk.shape[1] != 1 if stream.first else chunk.shape[1] % 4:
+                raise ValueError(
+                    "a video is encoded in chunks of 1 frame and then of multiples of 4; this one, after "
+                    f"{max(4 * end - 3, 0)} frames, holds {chunk.shape[1]}"
+                )
             x = patchify(chunk.to(parameter), self.spec.patch)
             mu = self.conv1(self.encoder(x, stream))[:, : self.channels]
             stream.first = False
@@ -469,39 +410,114 @@ class WanVAE(nn.Module):
             raise ValueError(f"the chunks held {max(4 * end - 3, 0)} frames, not the {num_frames} announced")
         return latents
 
-    @torch.no_grad()
-    def decode_chunks(self, latents: Tensor, *, chunk: int = 1) -> Iterator[Tensor]:
+    def decode_chunks(self, latents: Tensor, *, chunk: int = 1, piece: int | None = None, tiles: int = 1) -> Iterator[Tensor]:
         """Decode piece by piece, in memory that does not grow with T.
 
         Args:
             latents: [C, T, h, w], normalised.
-            chunk: latent frames at a time, after the first one, which goes alone. Changes speed and memory only.
+            chunk: latent frames at a time, after the first one, which goes alone. This and the others change speed and memory
+                only.
+            piece: frames at a time in the two upper levels; default: all of a chunk.
+            tiles: strips across the longer side, one after the other. Each takes the halo of pixels it depends on along, so
+                there are no seams; nothing is yielded before the last one, and the frames wait on the host.
 
         Yields:
-            [3, F, H, W] fp32 in [-1, 1]: 1 frame, then 4 for each latent frame.
-        """
-        parameter = self.conv2.weight
-        mean, std = self._statistics(parameter.device)
-        num_latents = latents.shape[1]
-        starts = [0, *range(1, num_latents, chunk), num_latents]
-        stream = Stream()
-        for start, end in pairwise(starts):
-            z = latents[:, start:end].to(parameter.device, torch.float32).transpose(0, 1) / (1 / std) + mean
-            z = z.to(parameter.dtype).contiguous(memory_format=CHANNELS_LAST)
-            x = self.decoder(self.conv2(z), stream)
-            stream.first = False
-            yield unpatchify(x, self.spec.patch).float().clamp_(-1, 1)
+            [3, F, H, W] fp32 in [-1, 1]: 1 frame first, 4 for each latent frame in all.
 
-    def decode(self, latents: Tensor, *, chunk: int = 1) -> Tensor:
-        """latents: [C, T, h, w], normalised. Returns: [3, F, H, W] fp32 in [-1, 1]. `chunk` as in `decode_chunks`."""
+        Raises:
+            ValueError: the latents have another shape, or hold values that are not finite.
+        """
+        for x in self._decoded(latents, chunk, piece, tiles):
+            yield self._pixels(x)
+
+    def decode_stream(
+        self,
+        latents: Tensor,
+        *,
+        chunk: int = 1,
+        piece: int | None = None,
+        tiles: int = 1,
+        rounding: bool = False,
+        on_frames: Callable[[Tensor], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """Decode to 8-bit pixels, as a video writer takes them, piece by piece.
+
+        Args:
+            latents, chunk, piece, tiles: as `decode_chunks` takes them.
+            rounding: round to the nearest level instead of truncating.
+            on_frames: called with what `decode_chunks` would yield, before it is rounded.
+
+        Yields:
+            [F, H, W, 3] uint8, on the VAE's device.
+
+        Raises:
+            ValueError: the latents have another shape, or hold values that are not finite.
+        """
+        for x in self._decoded(latents, chunk, piece, tiles):
+            if on_frames:
+                on_frames(self._pixels(x))
+            yield frames_to_uint8(x, rounding=rounding)
+
+    def decode(self, latents: Tensor, *, chunk: int = 1, piece: int | None = None, tiles: int = 1) -> Tensor:
+        """latents: [C, T, h, w], normalised. Returns: [3, F, H, W] fp32 in [-1, 1]. The others as in `decode_chunks`."""
+        self._check_latents(latents)
         _, t, h, w = latents.shape
         _, rows, columns = self.spec.stride
         video = torch.empty(3, 4 * t - 3, h * rows, w * columns, device=self.conv2.weight.device)
         end = 0
-        for frames in self.decode_chunks(latents, chunk=chunk):
+        for frames in self.decode_chunks(latents, chunk=chunk, piece=piece, tiles=tiles):
             start, end = end, end + frames.shape[1]
             video[:, start:end] = frames
         return video
+
+    @torch.no_grad()
+    def _decoded(self, latents: Tensor, chunk: int, piece: int | None, tiles: int) -> Iterator[Tensor]:
+        """What the decoder gives, [f, 3 p p, 8h, 8w] in the VAE's dtype."""
+        self._check_latents(latents)
+        _, T, h, w = latents.shape
+        piece = piece or 4 * chunk
+        if tiles == 1:
+            yield from self._decode(latents, chunk, piece)
+            return
+        whole = torch.empty(4 * T - 3, 8 * h, 8 * w, 3 * self.spec.patch**2, dtype=self.conv2.weight.dtype).permute(0, 3, 1, 2)
+        for window in windows(h, w, tiles):
+            strip, end = whole.narrow(window.dim, 4 * window.first, 4 * (window.last - window.first)), 0
+            for x in self._decode(latents, chunk, piece, window):
+                start, end = end, end + x.shape[0]
+                strip[start:end] = x
+        yield from whole.split(piece)
+
+    def _decode(self, latents: Tensor, chunk: int, piece: int, window: Window | None = None) -> Iterator[Tensor]:
+        parameter, stream = self.conv2.weight, Stream()
+        mean, std = self._statistics(parameter.device)
+        num_latents = latents.shape[1]
+        for start, end in pairwise([0, *range(1, num_latents, chunk), num_latents]):
+            z = latents[:, start:end].to(parameter.device, torch.float32).transpose(0, 1) / (1 / std) + mean
+            z = z.to(parameter.dtype).contiguous(memory_format=CHANNELS_LAST)
+            yield from self.decoder(self.conv2(z), stream, piece, window)
+            stream.first = False
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        return unpatchify(x, self.spec.patch).float().clamp_(-1, 1)
+
+    def _check_video(self, video: Tensor) -> None:
+        _, rows, columns = self.spec.stride
+        if video.ndim != 4 or video.shape[0] != 3 or video.shape[2] % rows or video.shape[3] % columns:
+            raise ValueError(
+                f"the VAE of Wan {self.spec.version} encodes videos [3, F, H, W], H a multiple of {rows} and W of {columns}; "
+                f"got {list(video.shape)}"
+            )
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 4 or latents.shape[0] != self.channels or latents.shape[1] < 1:
+            raise ValueError(
+                f"the VAE of Wan {self.spec.version} decodes latents [{self.channels}, T, h, w], got {list(latents.shape)}"
+            )
+        if not latents.is_meta and (count := int((~latents.isfinite()).sum())):
+            raise WanFastError(
+                f"{count} of {latents.numel()} latents are NaN or infinite, so there is no picture to decode; "
+                "what came before has overflowed: compute it in fp32, and check the weights and the noise"
+            )
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents, [C, 1, 1] fp32 each."""
@@ -509,11 +525,18 @@ class WanVAE(nn.Module):
         return mean, std
 
 
-def _weights_channels_last(vae: nn.Module, _: object) -> None:
-    """Lay the convolutions' weights out with the input channels innermost, as activations are."""
+def windows(h: int, w: int, tiles: int) -> list[Window]:
+    """`tiles` strips across the longer side of latents [C, T, h, w], as equal as may be."""
+    size = 2 * max(h, w)
+    edges = [round(i * size / tiles) for i in range(tiles + 1)]
+    return [Window(3 if w >= h else 2, first, last, size) for first, last in pairwise(edges)]
+
+
+def _lay_out_weights(vae: nn.Module, _: object = None) -> None:
+    """Lay the convolutions' weights out as `causal_conv3d` wants them."""
     for module in vae.modules():
-        if isinstance(module, CausalConv3d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        if isinstance(module, (nn.Conv2d, nn.Conv3d, CausalConv3d)):
+            module.weight.data = conv_weight(module.weight.data)
 
 
 def patchify(video: Tensor, patch: int) -> Tensor:

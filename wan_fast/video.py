@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +59,7 @@ def whole(path: Path) -> Iterator[Path]:
         yield scratch
         os.replace(scratch, path)
     except Exception as error:
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+        if isinstance(error, OSError) or type(error).__module__.startswith("av.") or type(error).__name__ == "SafetensorError":
             raise WanFastError(f"{str(path)!r} cannot be written ({error}); free space, or choose another place") from error
         raise
     finally:
@@ -91,33 +93,74 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def write(frames: Tensor, path: Path, fps: float) -> None:
     """Write frames [F, H, W, 3] uint8 as H.264, VP9, GIF, PNG or JPEG, by the suffix of `path`."""
+    with writing(path, fps) as add:
+        add(frames)
+
+
+@contextmanager
+def writing(path: Path, fps: float) -> Iterator[Callable[[Tensor], None]]:
+    """Write a clip that comes in chunks, while the next one is made.
+
+    Yields a function that takes frames [f, H, W, 3] uint8 on the CPU, not to be changed afterwards. It returns at once, unless
+    two chunks are still to be written; what fails in writing is raised by the next call, or at the end.
+    """
     suffix = path.suffix.lower()
-    with whole(path) as scratch:
-        if suffix in IMAGE_SUFFIXES or suffix == ".gif":
-            _write_images(frames, scratch, fps)
-        else:
-            _write_video(frames, scratch, fps, "libx264" if suffix == ".mp4" else "libvpx-vp9")
+    images = suffix in IMAGE_SUFFIXES or suffix == ".gif"
+    with whole(path) as scratch, ThreadPoolExecutor(1) as worker:
+        encode = _images(scratch, fps) if images else _video(scratch, fps, "libx264" if suffix == ".mp4" else "libvpx-vp9")
+        next(encode)
+        waiting: deque[Future[None]] = deque()
+
+        def add(frames: Tensor) -> None:
+            if len(waiting) == 2:
+                waiting.popleft().result()
+            waiting.append(worker.submit(encode.send, frames))
+
+        try:
+            yield add
+            for job in waiting:
+                job.result()
+            worker.submit(_finish, encode).result()
+        except BaseException:
+            worker.shutdown(cancel_futures=True)
+            raise
+        finally:
+            encode.close()  # and with it the file
 
 
-def _write_images(frames: Tensor, path: Path, fps: float) -> None:
+def _finish(encode: Generator[None, Tensor | None]) -> None:
+    with suppress(StopIteration):
+        encode.send(None)
+
+
+def _images(path: Path, fps: float) -> Generator[None, Tensor | None]:
+    """Takes frames by send; writes what it was sent, as one GIF or picture, when it is sent None."""
     from PIL import Image
 
-    first, *rest = (Image.fromarray(frame.numpy()) for frame in frames)
+    images: list[Image.Image] = []
+    while (frames := (yield)) is not None:
+        images += [Image.fromarray(frame.numpy()) for frame in frames]
+    first, *rest = images
     if path.suffix.lower() == ".gif":
         first.save(path, save_all=True, append_images=rest, duration=1000 / fps, loop=0)
     else:
         first.save(path, quality=95)
 
 
-def _write_video(frames: Tensor, path: Path, fps: float, codec: str) -> None:
+def _video(path: Path, fps: float, codec: str) -> Generator[None, Tensor | None]:
+    """Takes frames by send and writes them; ends the file when it is sent None."""
     import av
 
-    _, height, width, _ = frames.shape
+    frames = yield
+    assert frames is not None
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        _, stream.height, stream.width, _ = frames.shape
+        stream.pix_fmt = "yuv420p"
         # the quality the official writer asks for
         stream.options = {"crf": "10"} if codec == "libx264" else {"crf": "20", "b:v": "0"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+        while frames is not None:
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+            frames = yield
         container.mux(stream.encode())
