@@ -360,7 +360,7 @@ def causal_conv3d(
         bias: [Cout] in x's dtype.
         form: a `Form`: stride_t 2 halves the frames, stride 2 height and width, up 2 doubles these first; interleave takes the
             halves of the channels for two frames in a row; tf32 lets products of fp32 round to TF32.
-        skip: [F', C', H', W'], added to the result, in x's dtype, channels-last; or [F' or F' / 2, C' or 2C', H' / 2, W' / 2],
+        skip: [F', C', H', W'] in x's dtype, channels-last, added to the result; or [F' or F' / 2, C' or 2C', H' / 2, W' / 2],
             repeated over the cells that a position grows into (of two channels even rows take the first, odd rows the
             second); or [F', C', 2H', 2W'] or [2F', C' / 2, 2H', 2W'], averaged over the cells that merge (of two channels the
             first takes the earlier frame, the second the later).
