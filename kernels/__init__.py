@@ -5,7 +5,7 @@
 if __name__ == "wan_fast.kernels":
     from ._op import KERNELS, backend, only_reference, why_no_extension
     from .adaln import adaln_modulate
-    from .causal_conv3d import Form, add_skip_, causal_conv3d, causal_conv3d_add, conv_weight
+    from .causal_conv3d import Form, add_skip_, causal_conv3d, causal_conv3d_add, conv_weight, history
     from .frames_to_uint8 import frames_to_uint8
     from .gated_residual import gated_residual_adaln
     from .gelu_tanh import gelu_tanh
@@ -27,6 +27,7 @@ if __name__ == "wan_fast.kernels":
         "gated_residual_adaln",
         "gelu_tanh",
         "guidance_step",
+        "history",
         "only_reference",
         "patchify",
         "qk_norm_rope",

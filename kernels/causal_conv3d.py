@@ -37,7 +37,7 @@ def _causal_conv3d_kernel(
     bias_ptr,  # [COUT]
     skip_ptr,  # what is added to the result, as SKIP says
     out_ptr,  # [frames', H', W', COUT], or [2 frames', H', W', COUT / 2] where INTERLEAVE
-    kept_ptr,  # [HISTORY, H, W, CIN], not written without HISTORY
+    kept_ptr,  # [HISTORY, H, W, CIN], not written without KEEP
     H,
     W,
     H_OUT,
@@ -47,6 +47,7 @@ def _causal_conv3d_kernel(
     SKIP_C: tl.constexpr,
     HAS_PAST: tl.constexpr,
     HISTORY: tl.constexpr,
+    KEEP: tl.constexpr,
     LEAD: tl.constexpr,
     KT: tl.constexpr,
     K: tl.constexpr,
@@ -108,7 +109,7 @@ def _causal_conv3d_kernel(
             quarter = tl.load(skip_ptr + added * (COUT // SKIP_F) + (n // SKIP_F)[None, :], mask=mask, other=0.0)
             acc += 0.25 * quarter.to(tl.float32)
     tl.store(out_ptr + target, acc.to(out_ptr.dtype.element_ty), mask=mask)
-    if HISTORY > 0:  # noqa: SIM102  one is known when it is compiled, the other is not
+    if KEEP:  # noqa: SIM102  one is known when it is compiled, the other is not
         # the programs of the last frame and first channels see every position of the input once
         if (tl.program_id(1) == 0) & (f == tl.num_programs(2) - 1):
             for part in range(HISTORY * BLOCKS):
@@ -148,6 +149,7 @@ class Form(NamedTuple):
     up: int = 1
     interleave: int = 0
     tf32: int = 0
+    keep: int = 1
 
 
 def history(KT: int, stride_t: int) -> int:
@@ -156,7 +158,7 @@ def history(KT: int, stride_t: int) -> int:
 
 
 def output_shape(x: Tensor, weight: Tensor, form: Sequence[int]) -> tuple[int, ...]:
-    stride_t, stride, up, interleave, _ = form
+    stride_t, stride, up, interleave, *_ = form
     frames, _, H, W = x.shape
     COUT, _, _, K, _ = weight.shape
     # at stride 2 one row of zeros follows
@@ -170,7 +172,7 @@ def _frames(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _kept(x: Tensor, weight: Tensor, form: Sequence[int]) -> Tensor:
-    return _frames(x, (history(weight.shape[2], form[0]), *x.shape[1:]))
+    return _frames(x, (history(weight.shape[2], form[0]) if form[-1] else 0, *x.shape[1:]))
 
 
 def _skipping(skip: Tensor | None, shape: Sequence[int]) -> tuple[str, int, int]:
@@ -215,7 +217,7 @@ def _run(
     form: Sequence[int],
     out: Tensor,
 ) -> Tensor:
-    stride_t, stride, up, interleave, tf32 = form
+    stride_t, stride, up, interleave, tf32, _ = form
     frames, CIN, H, W = x.shape
     COUT, _, KT, K, _ = weight.shape
     kind, skip_f, skip_c = _skipping(skip, out.shape)
@@ -242,7 +244,8 @@ def _run(
                 SKIP_F=skip_f,
                 SKIP_C=skip_c,
                 HAS_PAST=past is not None,
-                HISTORY=kept.shape[0],
+                HISTORY=history(KT, stride_t),
+                KEEP=kept.shape[0] > 0,
                 LEAD=taken - stride_t if taken > 1 else 0,
                 KT=taken,
                 K=K,
@@ -272,7 +275,7 @@ def _launch_add(out: Tensor, x: Tensor, past: Tensor | None, weight: Tensor, bia
 
 def _convolved(x: Tensor, past: Tensor | None, weight: Tensor, bias: Tensor, form: Sequence[int], out: Tensor | None) -> Tensor:
     """A new result, or one added to out."""
-    stride_t, stride, up, interleave, _ = form
+    stride_t, stride, up, interleave, *_ = form
     KT, K = weight.shape[2:4]
     lead = history(KT, stride_t)
     if x.device.type == "cpu" and x.dtype == torch.float32:  # the same in the forms that are fast there
@@ -359,7 +362,8 @@ def causal_conv3d(
         weight: [Cout, Cin, KT, K, K] in x's dtype, laid out by `conv_weight`; KT and K are 1 or 3.
         bias: [Cout] in x's dtype.
         form: a `Form`: stride_t 2 halves the frames, stride 2 height and width, up 2 doubles these first; interleave takes the
-            halves of the channels for two frames in a row; tf32 lets products of fp32 round to TF32.
+            halves of the channels for two frames in a row; tf32 lets products of fp32 round to TF32; without keep
+            no history is given.
         skip: [F', C', H', W'] in x's dtype, channels-last, added to the result; or [F' or F' / 2, C' or 2C', H' / 2, W' / 2],
             repeated over the cells that a position grows into (of two channels even rows take the first, odd rows the
             second); or [F', C', 2H', 2W'] or [2F', C' / 2, 2H', 2W'], averaged over the cells that merge (of two channels the
@@ -367,7 +371,8 @@ def causal_conv3d(
 
     Returns:
         The result [F', Cout', H', W'], channels-last, accumulated in fp32 and rounded once, with F' = F / stride_t (twice as
-        many of half the channels where interleaved); and the next history [history, Cin, H, W], of no frames where KT is 1.
+        many of half the channels where interleaved); and the next history [history, Cin, H, W], of no frames where KT is 1 or
+        nothing is to be kept.
 
     Raises:
         ValueError: shapes, dtypes, layouts or forms are others.
@@ -410,7 +415,7 @@ def _checked(
     skip: Tensor | None = None,
     out: Tensor | None = None,
 ) -> None:
-    stride_t, stride, up, interleave, _ = form
+    stride_t, stride, up, interleave, *_ = form
     fits = x.ndim == 4 and weight.ndim == 5 and x.shape[1] == weight.shape[1] and bias.shape == weight.shape[:1]
     _check.shapes(op, "x [F, Cin, H, W], weight [Cout, Cin, KT, K, K] and bias [Cout]", fits, x=x, weight=weight, bias=bias)
     KT, K = weight.shape[2:4]

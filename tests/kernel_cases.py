@@ -233,6 +233,7 @@ class Conv(NamedTuple):
     up: int = 1
     interleave: bool = False
     skip: tuple[int, ...] = ()
+    keep: bool = True
 
     def inputs(self, dtype: torch.dtype, meta: bool = False) -> tuple[Any, ...]:
         def make(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -246,7 +247,7 @@ class Conv(NamedTuple):
         lead, frame = history(self.KT, self.stride_t), (self.CIN, self.H, self.W)
         x = make(self.F, *frame)
         weight = make(self.COUT, self.CIN, self.KT, self.K, self.K, seed=1, scale=(self.CIN * self.KT * self.K**2) ** -0.5)
-        form = Form(self.stride_t, self.stride, self.up, self.interleave)
+        form = Form(self.stride_t, self.stride, self.up, self.interleave, keep=self.keep)
         past = make(lead, *frame, seed=3) if self.past else None
         others = x, past, weight, make(self.COUT, seed=5)
         if self.add:
@@ -262,6 +263,8 @@ class Conv(NamedTuple):
 _CONVS = {
     "3x3x3": Conv(4, 20, 24, 9, 11, 3, 3, past=True),
     "3x3x3-added": Conv(4, 20, 24, 9, 11, 3, 3, past=True, add=True),
+    "3x3x3-not-kept": Conv(2, 20, 24, 5, 7, 3, 3, past=True, keep=False),
+    "3x1x1-not-kept": Conv(2, 20, 24, 5, 7, 3, 1, past=True, stride_t=2, keep=False),
     "3x3x3-one-frame": Conv(1, 20, 24, 5, 7, 3, 3, past=True),
     "3x3x3-first-frame": Conv(1, 20, 24, 5, 7, 3, 3),
     "3x3x3-behind-zeros": Conv(2, 8, 3, 5, 7, 3, 3),

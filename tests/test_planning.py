@@ -113,7 +113,7 @@ def test_denoising_memory_is_what_the_model_takes(task, dtype):
 
 
 @pytest.mark.parametrize(("version", "latents"), [("2.1", (16, 9, 60, 104)), ("2.2", (48, 9, 44, 80))])
-@pytest.mark.parametrize("decode", [(1, 1, 1), (1, 2, 1), (2, 2, 1), (2, 8, 1), (1, 1, 2), (1, 1, 6)], ids=str)
+@pytest.mark.parametrize("decode", [(1, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 1), (2, 8, 1), (1, 1, 2), (1, 2, 6)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decoding_memory_is_what_the_vae_takes(version, latents, decode, dtype):
     dims = VaeDims.of_spec(VAES[version])

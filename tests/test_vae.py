@@ -13,6 +13,7 @@ from recipe import recipe_tensor, recipe_weights, uniform
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench import ROOT
 from bench.networks import random_model
 from wan_fast.checkpoint import locate, open_checkpoint
 from wan_fast.engine import load_model
@@ -261,7 +262,10 @@ def test_a_longer_video_takes_no_more_memory(version):
     """5 and then 21 frames, of 1088 x 1920 in 2.2, in a process of its own: what it holds at most does not grow."""
     command = [sys.executable, "-c", LONGER, version]
     # freed blocks go back to the system, so that its count is that of live memory
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     (few, short), (many, long) = (map(int, line.split()) for line in done.stdout.splitlines())

@@ -103,7 +103,7 @@ def convolving(op: Any, args: Sequence[Any]) -> float:
         return 0
     x, past, weight = args[1:4] if op is KERNELS["causal_conv3d_add"].op else args[:3]
     form = args[-1]
-    frames, _, H, W = output_shape(x, weight, (*form[:3], 0, 0))
+    frames, _, H, W = output_shape(x, weight, (*form[:3], 0, 0, 0))
     taps = weight[0].numel() // (weight.shape[2] if past is None and len(x) == 1 else 1)
     return 2.0 * frames * H * W * weight.shape[0] * taps
 

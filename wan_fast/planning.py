@@ -27,8 +27,9 @@ from wan_fast.video import image_size
 GIB = 2**30
 # How a clip is decoded, the first that fits: latent frames at a time, and of these, frames at a time in the two upper levels,
 # where the memory is. All are exact. On a CPU two are 1.07 x the speed of one (2.2 VAE at a quarter of its width, latents
-# 48x3x8x12, fp32, 2 threads of an AMD EPYC); on a GPU a single frame of those levels has more tiles than there are processors.
-DECODES = {"cpu": ((2, 8), (1, 4), (1, 1)), "cuda": ((2, 2), (1, 2), (1, 1))}
+# 48x3x8x12, fp32, 2 threads of an AMD EPYC); on a GPU a single frame of those levels has more tiles than there are processors,
+# and two are as long as the history of a convolution, which then needs no copy.
+DECODES = {"cpu": ((2, 8), (1, 4), (1, 1)), "cuda": ((2, 2), (1, 2))}
 # where that is too much, strips one after the other
 TILES = (2, 3, 4, 6, 8, 12, 16)
 
@@ -348,12 +349,12 @@ def _decode_bytes(
     frames = 4 * min(chunk, T - 1) if T > 1 else 1
     # Wan 2.1 halves the width as it doubles the height
     width = size * dims.decoder_dim * h * w * (2 if dims.version == "2.2" else 1)
-    below, frame = 32 * frames * width, 64 * width * strip
-    if dims.version == "2.2":
-        alive = below * strip + (2.55 * min(piece, frames) + 1.65) * frame
-    else:
-        above = (1.5 * strip + 0.8) * below + (2.1 * min(piece, frames) + 2.1) * frame
-        alive = max(above, 3.5 * below * strip)
+    below, frame = 32 * frames * width * strip, 64 * width * strip
+    # frames at their widest: those of a piece, and a history while the one before it is there; two frames become it as they are
+    piece = min(piece, frames)
+    copied = 0 if piece == 2 else 2
+    of_piece, rest = (3.06, copied) if dims.version == "2.1" else (2.06, copied) if piece <= 2 else (2.55, 1.05)
+    alive = below + (of_piece * piece + rest) * frame
     return int(1.01 * history + alive) if fused else int(1.2 * history + 1.5 * alive)
 
 

@@ -27,6 +27,7 @@ from wan_fast.kernels import (
     causal_conv3d_add,
     conv_weight,
     frames_to_uint8,
+    history,
     rms_norm_silu,
     rms_norm_silu_,
 )
@@ -61,14 +62,20 @@ class Stream:
         skip: Tensor | None = None,
         **form: int,
     ) -> Tensor:
-        """`causal_conv3d` behind what `layer` has been given so far, into a new tensor or added to out; `form` as there."""
-        past, how = self.history.get(layer), Form(**form, tf32=self.tf32)
+        """`causal_conv3d` behind what `layer` has been given so far, into a new tensor or added to out; `form` as there.
+
+        x belongs to the history from then on: nothing may write over it.
+        """
+        past = self.history.get(layer)
+        # a chunk as long as the history is the next history: nothing is copied
+        whole = x.shape[0] == history(weight.shape[2], form.get("stride_t", 1))
+        how = Form(**form, tf32=self.tf32, keep=not whole)
         if out is None:
             out, kept = causal_conv3d(x, past, weight, bias, how, skip=skip)
         else:
             kept = causal_conv3d_add(out, x, past, weight, bias, how)
-        if len(kept):
-            self.history[layer] = kept
+        if whole or len(kept):
+            self.history[layer] = x if whole else kept
         return out
 
 
@@ -298,7 +305,7 @@ class Decoder(nn.Module):
             [at most piece, Cout, 8h, 8w], pixels; of a window its own rows or columns.
         """
         layers = list(self.upsamples)
-        per_level = len(layers) // 4 + len(layers) % 4  # 1 in Wan 2.2; 4 in 2.1, whose last level has 3
+        per_level = (len(layers) + 1) // 4  # 1 in Wan 2.2; 4 in 2.1, whose last level has 3
         x = self.conv1(x, stream)
         for layer in (*self.middle, *layers[:per_level]):
             x = layer(x, stream)
