@@ -77,8 +77,28 @@ def test_bytes_are_written_before_the_last_frame_is_there(tmp_path):
     assert len(read(tmp_path / "x.mp4")) == 120 * 96 * 96 * 3
 
 
+def test_no_more_than_two_chunks_wait(tmp_path, monkeypatch):
+    taken = []
+
+    def slow(path, fps, codec):
+        while (frames := (yield)) is not None:
+            time.sleep(0.05)
+            taken.append(frames)
+        path.write_bytes(b"x")
+
+    monkeypatch.setattr(video, "_video", slow)
+    with video.writing(tmp_path / "x.mp4", 16) as add:
+        for number in range(1, 7):
+            add(clip(1))
+            assert number - len(taken) <= 2 + 1  # two that wait, and the one just added
+    assert len(taken) == 6
+
+
 def test_what_fails_in_writing_is_raised(tmp_path):
-    with pytest.raises(WanFastError, match=r"x\.mp4"), video.writing(tmp_path / "x.mp4", 16) as add:
+    with (
+        pytest.raises(WanFastError, match=r"x\.mp4' cannot be written .*libx264"),
+        video.writing(tmp_path / "x.mp4", 16) as add,
+    ):
         add(clip(2, 47, 64))  # yuv420p wants even sides
     with pytest.raises(WanFastError, match=r"x\.mp4"), video.writing(tmp_path / "x.mp4", 16) as add:
         for _ in range(4):
