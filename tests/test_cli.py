@@ -208,6 +208,18 @@ def test_run_writes_everything_asked_for(here, capsys):
     assert sorted(p.name for p in here.iterdir()) == ["ball.mp4", "f.safetensors", "l.safetensors", "s.json"]
 
 
+def test_a_video_that_cannot_be_written_costs_nothing_else(here, capsys, monkeypatch):
+    def full(path, fps, codec):
+        yield
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wan_fast.video._video", full)
+    outputs = "--save_file ball.mp4 --save-latents l.safetensors --quiet"
+    assert main(shlex.split(f"{RUN} --size=64x64 --num-frames 13 --sample-steps 1 {outputs}")) == 2
+    assert "'ball.mp4' cannot be written ([Errno 28] No space left" in capsys.readouterr().err
+    assert [p.name for p in here.iterdir()] == ["l.safetensors"]
+
+
 def test_a_picture_gives_its_shape(here, capsys):
     Image.effect_noise((300, 200), 60).save("wide.png")
     assert main(shlex.split(f"{RUN} --image wide.png --frame_num 5 --sample_steps 1 --save_file wide.mp4 --quiet")) == 0

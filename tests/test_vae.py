@@ -378,6 +378,8 @@ def test_wrong_numbers_of_frames_raise():
         vae.encode(random_video(vae, 6, 2, 2))
     with pytest.raises(ValueError, match="held 5 frames, not the 9"):
         vae.encode_stream(random_video(vae, 5, 2, 2).split([1, 4], dim=1), 9)
+    with pytest.raises(ValueError, match="held 9 frames, not the 5"):
+        vae.encode_stream(random_video(vae, 9, 2, 2).split([1, 8], dim=1), 5)
 
 
 @pytest.mark.parametrize("shape", [(48, 2, 4, 4), (4, 2, 4), (1, 4, 2, 4, 4), (4, 0, 4, 4)], ids=str)
@@ -399,11 +401,18 @@ def test_latents_that_are_not_finite_are_refused(value):
         vae.decode(latents)
 
 
+@pytest.mark.parametrize("cut", [{"chunk": 0}, {"piece": -1}, {"piece": 0}, {"tiles": 0}, {"tiles": 7}], ids=str)
+def test_cuts_that_make_no_sense_are_refused(cut):
+    vae = small_vae("2.1")
+    with pytest.raises(ValueError, match="must be positive, tiles at most 6; got"):
+        vae.decode(random_latents(vae, 2, 2, 3), **cut)
+
+
 def test_videos_of_other_shapes_are_refused():
     vae = small_vae("2.2")
     for shape in ((3, 1, 32, 40), (3, 1, 24, 32), (4, 1, 32, 32), (3, 32, 32)):
         with pytest.raises(ValueError, match=r"encodes videos \[3, F, H, W\], H a multiple of 16 and W of 16; got"):
             vae.encode(torch.zeros(shape))
-    for lengths in ([5], [1, 3, 1], [3, 2]):
+    for lengths in ([5], [1, 3, 1], [3, 2], [1, 0, 4]):
         with pytest.raises(ValueError, match="in chunks of 1 frame and then of multiples of 4; this one, after"):
             vae.encode_stream(torch.zeros(3, 5, 32, 32).split(lengths, dim=1), 5)

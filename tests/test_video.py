@@ -103,6 +103,10 @@ def test_what_fails_in_writing_is_raised(tmp_path):
     with pytest.raises(WanFastError, match=r"x\.mp4"), video.writing(tmp_path / "x.mp4", 16) as add:
         for _ in range(4):
             add(clip(2, 47, 64))
+    # what fails beside the writing is not told as if it were the file's
+    with pytest.raises(PermissionError, match="another"), video.writing(tmp_path / "x.mp4", 16) as add:
+        add(clip())
+        raise PermissionError("another file")
     with pytest.raises(KeyboardInterrupt), video.writing(tmp_path / "x.mp4", 16) as add:
         add(clip())
         raise KeyboardInterrupt

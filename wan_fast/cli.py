@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
@@ -116,15 +116,24 @@ def _run(words: Sequence[str]) -> int:
         if (settled := engine.plan(request)).kernels != todo.kernels:
             _say_attention(settled)
         frames = _FloatFrames(todo) if output.save_frames else None
+        # what could not be written of the video must not cost the other files
+        unwritten: list[WanFastError] = []
 
         def generate() -> Video:
             # the file begins while frames are still decoded, and appears under its name when all is well
             add = files.enter_context(video.writing(target, todo.request.fps))
-            return engine.generate(request, on_progress=bars, on_frames=frames, on_pixels=add)
+
+            def write(pixels: Tensor) -> None:
+                if not unwritten:
+                    with _collected(unwritten):
+                        add(pixels)
+
+            return engine.generate(request, on_progress=bars, on_frames=frames, on_pixels=write)
 
         profile = _profile(engine, request, generate) if output.profile else None
         result = profile.result if profile else generate()
-        files.close()
+        with _collected(unwritten):
+            files.close()
         if frames and output.save_frames:
             with video.whole(Path(output.save_frames)) as scratch:
                 save_file({"frames": frames.tensor}, scratch)
@@ -134,6 +143,8 @@ def _run(words: Sequence[str]) -> int:
         if output.stats:
             with video.whole(Path(output.stats)) as scratch:
                 scratch.write_text(json.dumps(result.stats, indent=1, ensure_ascii=False, default=str), encoding="utf-8")
+    if unwritten:
+        raise unwritten[0]
     if profile:
         profile.write_trace(trace := target.with_suffix(".trace.json"))
         print("\n".join([*profile.table(), f"trace       {trace}; open it in ui.perfetto.dev"]))
@@ -147,6 +158,14 @@ def _profile(engine: Engine, request: Request, generate: Callable[[], Video]) ->
     from wan_fast.profiling import Profile
 
     return Profile(engine, engine.plan(request), generate)
+
+
+@contextmanager
+def _collected(errors: list[WanFastError]) -> Iterator[None]:
+    try:
+        yield
+    except WanFastError as error:
+        errors.append(error)
 
 
 class _FloatFrames:

@@ -401,7 +401,7 @@ class WanVAE(nn.Module):
         stream, latents, end = Stream(), None, 0
         for chunk in chunks:
             self._check_video(chunk)
-            if chunk.shape[1] != 1 if stream.first else chunk.shape[1] % 4:
+            if chunk.shape[1] != 1 if stream.first else chunk.shape[1] % 4 or not chunk.shape[1]:
                 raise ValueError(
                     "a video is encoded in chunks of 1 frame and then of multiples of 4; this one, after "
                     f"{max(4 * end - 3, 0)} frames, holds {chunk.shape[1]}"
@@ -412,6 +412,8 @@ class WanVAE(nn.Module):
             if latents is None:
                 latents = mu.new_empty(self.channels, (num_frames + 3) // 4, *mu.shape[2:], dtype=torch.float32)
             start, end = end, end + mu.shape[0]
+            if end > latents.shape[1]:
+                break
             latents[:, start:end] = ((mu.float() - mean) / std).transpose(0, 1)
         if latents is None or end != latents.shape[1]:
             raise ValueError(f"the chunks held {max(4 * end - 3, 0)} frames, not the {num_frames} announced")
@@ -455,7 +457,7 @@ class WanVAE(nn.Module):
             on_frames: called with what `decode_chunks` would yield, before it is rounded.
 
         Yields:
-            [F, H, W, 3] uint8, on the VAE's device.
+            [F, H, W, 3] uint8, on the VAE's device; of strips on the CPU.
 
         Raises:
             ValueError: the latents have another shape, or hold values that are not finite.
@@ -482,7 +484,11 @@ class WanVAE(nn.Module):
         """What the decoder gives, [f, 3 p p, 8h, 8w] in the VAE's dtype."""
         self._check_latents(latents)
         _, T, h, w = latents.shape
-        piece = piece or 4 * chunk
+        piece = 4 * chunk if piece is None else piece
+        if min(chunk, piece, tiles) < 1 or tiles > 2 * max(h, w):
+            raise ValueError(
+                f"chunk, piece and tiles must be positive, tiles at most {2 * max(h, w)}; got {chunk}, {piece}, {tiles}"
+            )
         if tiles == 1:
             yield from self._decode(latents, chunk, piece)
             return

@@ -56,14 +56,22 @@ def whole(path: Path) -> Iterator[Path]:
     """A scratch name beside `path`, renamed to it when the block ends well and removed when it does not."""
     scratch = _scratch(path)
     try:
-        yield scratch
-        os.replace(scratch, path)
+        with _told(path):
+            yield scratch
+            os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What fails in writing a file is told in a sentence."""
+    try:
+        yield
     except Exception as error:
         if isinstance(error, OSError) or type(error).__module__.startswith("av.") or type(error).__name__ == "SafetensorError":
             raise WanFastError(f"{str(path)!r} cannot be written ({error}); free space, or choose another place") from error
         raise
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _scratch(path: Path) -> Path:
@@ -104,33 +112,37 @@ def writing(path: Path, fps: float) -> Iterator[Callable[[Tensor], None]]:
     Yields a function that takes frames [f, H, W, 3] uint8 on the CPU, not to be changed afterwards. It returns at once, unless
     two chunks are still to be written; what fails in writing is raised by the next call, or at the end.
     """
-    suffix = path.suffix.lower()
+    suffix, scratch = path.suffix.lower(), _scratch(path)
     images = suffix in IMAGE_SUFFIXES or suffix == ".gif"
-    with whole(path) as scratch, ThreadPoolExecutor(1) as worker:
-        encode = _images(scratch, fps) if images else _video(scratch, fps, "libx264" if suffix == ".mp4" else "libvpx-vp9")
-        next(encode)
-        waiting: deque[Future[None]] = deque()
+    encode = _images(scratch, fps) if images else _video(scratch, fps, "libx264" if suffix == ".mp4" else "libvpx-vp9")
+    next(encode)
+    waiting: deque[Future[None]] = deque()
+    try:
+        with ThreadPoolExecutor(1) as worker:
 
-        def add(frames: Tensor) -> None:
-            if len(waiting) == 2:
-                waiting.popleft().result()
-            waiting.append(worker.submit(encode.send, frames))
+            def add(frames: Tensor) -> None:
+                if len(waiting) == 2:
+                    with _told(path):
+                        waiting.popleft().result()
+                waiting.append(worker.submit(_send, encode, frames))
 
-        try:
-            yield add
-            for job in waiting:
-                job.result()
-            worker.submit(_finish, encode).result()
-        except BaseException:
-            worker.shutdown(cancel_futures=True)
-            raise
-        finally:
-            encode.close()  # and with it the file
+            try:
+                yield add
+                with _told(path):
+                    for job in (*waiting, worker.submit(_send, encode, None)):
+                        job.result()
+                    os.replace(scratch, path)
+            except BaseException:
+                worker.shutdown(cancel_futures=True)
+                raise
+    finally:
+        encode.close()  # and with it the file
+        scratch.unlink(missing_ok=True)
 
 
-def _finish(encode: Generator[None, Tensor | None]) -> None:
-    with suppress(StopIteration):
-        encode.send(None)
+def _send(encode: Generator[None, Tensor | None], frames: Tensor | None) -> None:
+    with suppress(StopIteration):  # it ends with the file, or has failed before
+        encode.send(frames)
 
 
 def _images(path: Path, fps: float) -> Generator[None, Tensor | None]:
