@@ -71,7 +71,7 @@ def _causal_conv3d_kernel(
     i, j = m // W_OUT, m % W_OUT
     PAD: tl.constexpr = K // 2 if STRIDE == 1 else 0
     BLOCKS: tl.constexpr = (CIN + BLOCK_K - 1) // BLOCK_K
-    size = (H * W).to(tl.int64) * CIN
+    size = tl.cast(H, tl.int64) * W * CIN  # H may be a constant: 1 is one when compiled
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for step in range(KT * K * K * BLOCKS):
         tap, c = step // BLOCKS, step % BLOCKS * BLOCK_K + k
@@ -133,12 +133,13 @@ _CANDIDATES = tuple(
 )
 
 
-def _config(COUT: int, itemsize: int, kind: str) -> dict[str, int]:
+def _config(CIN: int, COUT: int, itemsize: int, kind: str) -> dict[str, int]:
     """Tiles; not tuned on a device yet. An averaged skip needs registers of its own."""
     N = max(16, triton.next_power_of_2(COUT))
+    K = min(64, max(16, triton.next_power_of_2(CIN)))
     if itemsize == 4:
         return {"BLOCK_M": 64, "BLOCK_N": min(64, N), "BLOCK_K": 16, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": min(64 if kind == "mean" else 128, N), "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_M": 128, "BLOCK_N": min(64 if kind == "mean" else 128, N), "BLOCK_K": K, "num_warps": 8, "num_stages": 3}
 
 
 class Form(NamedTuple):
@@ -221,7 +222,7 @@ def _run(
     frames, CIN, H, W = x.shape
     COUT, _, KT, K, _ = weight.shape
     kind, skip_f, skip_c = _skipping(skip, out.shape)
-    config, kept = _config(COUT, x.itemsize, kind), _kept(x, weight, form)
+    config, kept = _config(CIN, COUT, x.itemsize, kind), _kept(x, weight, form)
     # a lone frame behind zeros needs the last of the taps over time
     taken = 1 if past is None and frames == 1 else KT
     H_OUT, W_OUT = out.shape[2:]
@@ -426,10 +427,10 @@ def _checked(
             f"{op} wants stride 2 for kernels of 1 x 3 x 3 alone, stride_t 2 for 3 x 1 x 1, up 2 for one frame; got stride "
             f"{stride}, stride_t {stride_t}, up {up} for {KT} x {K} x {K}"
         )
-    if x.shape[0] % stride_t or (stride_t == 2 and past is None) or (interleave and weight.shape[0] % 2):
+    if x.shape[0] < 1 or x.shape[0] % stride_t or (stride_t == 2 and past is None) or (interleave and weight.shape[0] % 2):
         raise ValueError(
-            f"{op} wants pairs of frames behind a history at stride_t 2, and pairs of channels to interleave; got {x.shape[0]} "
-            f"frames, {weight.shape[0]} channels, " + ("no history" if past is None else "a history")
+            f"{op} wants frames, pairs of them behind a history at stride_t 2, and pairs of channels to interleave; got "
+            f"{x.shape[0]} frames, {weight.shape[0]} channels, " + ("no history" if past is None else "a history")
         )
     lead, shape = history(KT, stride_t), output_shape(x, weight, form)
     if past is not None:

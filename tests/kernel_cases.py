@@ -234,6 +234,7 @@ class Conv(NamedTuple):
     interleave: bool = False
     skip: tuple[int, ...] = ()
     keep: bool = True
+    tf32: bool = False
 
     def inputs(self, dtype: torch.dtype, meta: bool = False) -> tuple[Any, ...]:
         def make(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -247,7 +248,7 @@ class Conv(NamedTuple):
         lead, frame = history(self.KT, self.stride_t), (self.CIN, self.H, self.W)
         x = make(self.F, *frame)
         weight = make(self.COUT, self.CIN, self.KT, self.K, self.K, seed=1, scale=(self.CIN * self.KT * self.K**2) ** -0.5)
-        form = Form(self.stride_t, self.stride, self.up, self.interleave, keep=self.keep)
+        form = Form(self.stride_t, self.stride, self.up, self.interleave, self.tf32, self.keep)
         past = make(lead, *frame, seed=3) if self.past else None
         others = x, past, weight, make(self.COUT, seed=5)
         if self.add:
@@ -263,6 +264,7 @@ class Conv(NamedTuple):
 _CONVS = {
     "3x3x3": Conv(4, 20, 24, 9, 11, 3, 3, past=True),
     "3x3x3-added": Conv(4, 20, 24, 9, 11, 3, 3, past=True, add=True),
+    "3x3x3-one-position": Conv(2, 20, 24, 1, 1, 3, 3, past=True),
     "3x3x3-not-kept": Conv(2, 20, 24, 5, 7, 3, 3, past=True, keep=False),
     "3x1x1-not-kept": Conv(2, 20, 24, 5, 7, 3, 1, past=True, stride_t=2, keep=False),
     "3x3x3-one-frame": Conv(1, 20, 24, 5, 7, 3, 3, past=True),
@@ -288,6 +290,7 @@ _CONVS = {
 _REAL_CONVS = {
     "vae2.2-3x3x3-256": Conv(8, 256, 256, 352, 640, 3, 3, past=True, add=True),
     "vae2.2-3x3x3-1024": Conv(4, 1024, 1024, 88, 160, 3, 3, past=True),
+    "vae2.2-3x3x3-256-tf32": Conv(4, 256, 256, 352, 640, 3, 3, past=True, tf32=True),
     "vae2.2-in": Conv(2, 48, 1024, 44, 80, 3, 3, past=True),
     "vae2.2-3x1x1-1024": Conv(2, 1024, 2048, 44, 80, 3, 1, past=True, interleave=True),
     "vae2.2-1x3x3-doubling": Conv(8, 512, 512, 176, 320, 1, 3, up=2, skip=(8, 1024, 176, 320)),
@@ -295,6 +298,10 @@ _REAL_CONVS = {
     "vae2.2-3x1x1-halving": Conv(4, 320, 320, 176, 320, 3, 1, past=True, stride_t=2, skip=(4, 160, 352, 640)),
     "vae2.2-1x3x3-halving": Conv(4, 160, 160, 352, 640, 1, 3, stride=2, skip=(4, 160, 352, 640)),
     "vae2.1-3x3x3-96": Conv(4, 96, 96, 480, 832, 3, 3, past=True),
+    "vae2.2-encoder-in": Conv(4, 12, 160, 352, 640, 3, 3, past=True),
+    "vae2.1-encoder-in": Conv(4, 3, 96, 480, 832, 3, 3, past=True),
+    "vae2.1-encoder-in-first-frame": Conv(1, 3, 96, 480, 832, 3, 3),
+    "vae2.1-of-one-position": Conv(1, 384, 384, 1, 1, 3, 3, past=True),
     "vae2.1-out": Conv(4, 96, 3, 480, 832, 3, 3, past=True),
 }
 

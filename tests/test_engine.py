@@ -51,6 +51,8 @@ def test_pixels_are_handed_over_as_they_come(engine):
     whole = engine.generate(request)
     video = engine.generate(request, on_pixels=parts.append)
     assert video.frames.shape == (0, 96, 64, 3) and len(parts) > 2
+    with pytest.raises(WanFastError, match=r"no frames to save as 'x\.mp4': on_pixels took them"):
+        video.save("x.mp4")
     assert torch.equal(torch.cat(parts), whole.frames) and torch.equal(video.latents, whole.latents)
 
 

@@ -124,13 +124,14 @@ BAD = [
     (
         "causal_conv3d",
         {"weight": kernel(8, 5, 3, 1), "past": None, "form": kernels.Form(stride_t=2), "skip": None},
-        r"pairs of frames behind a history at stride_t 2.*got 3 frames, 8 channels, no history",
+        r"pairs of them behind a history at stride_t 2.*got 3 frames, 8 channels, no history",
     ),
     (
         "causal_conv3d",
         {"weight": kernel(7, 5, 3, 1), "bias": torch.ones(7), "form": kernels.Form(interleave=1), "skip": None},
         r"pairs of channels to interleave; got 3 frames, 7 channels",
     ),
+    ("causal_conv3d", {"x": frames(0, 5, 4, 6), "skip": None}, r"frames, pairs of them.*got 0 frames"),
     ("causal_conv3d_add", {"out": frames(3, 8, 4, 5)}, r"out \(3, 8, 4, 6\); got out \(3, 8, 4, 5\)"),
     ("causal_conv3d_add", {"out": torch.ones(3, 8, 4, 6)}, r"out \[F, C, H, W\] with the channels innermost"),
     ("rms_norm_silu", {"gamma": torch.ones(4)}, r"x \[F, C, H, W\] and gamma \[C\]; .*gamma \(4,\)"),

@@ -33,7 +33,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 each_op = pytest.mark.parametrize("name", sorted(KERNELS))
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op}-{case.id}")

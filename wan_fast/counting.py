@@ -76,8 +76,8 @@ def count_work(engine: Engine, todo: Plan) -> dict[tuple[str, str], Work]:
         work["denoise", "wan_fast kernel"] = work.get(("denoise", "wan_fast kernel"), Work()) + stepped * len(todo.steps)
         shapes = {name: tuple(t.shape) for name, t in engine.models["vae"].state_dict().items()}
         vae = _on_meta(engine.models["vae"], WanVAE(VaeDims.of_shapes(shapes)))
-        memory = todo.memory
-        decoded = counted(lambda: [*vae.decode_stream(clip, chunk=memory.decode_chunk, piece=memory.decode_piece)])
+        cut = {"chunk": todo.memory.decode_chunk, "piece": todo.memory.decode_piece, "tiles": todo.memory.decode_tiles}
+        decoded = counted(lambda: [*vae.decode_stream(clip, **cut)])
         work |= {("decode", kind): done for kind, done in decoded.items()}
     return work
 

@@ -28,7 +28,7 @@ from wan_fast.planning import GIB, Plan, Setup, plan, set_up
 from wan_fast.sampler import denoise
 from wan_fast.solver import Solver
 from wan_fast.steps import Step
-from wan_fast.vae import WanVAE
+from wan_fast.vae import WanVAE, lay_out
 
 M = TypeVar("M", bound=nn.Module)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -52,6 +52,8 @@ class Video:
     def save(self, path: str | Path) -> Path:
         """Write the clip as .mp4, .webm, .gif, or one frame as .png or .jpg; returns the path."""
         path = Path(path)
+        if not len(self.frames):
+            raise WanFastError(f"there are no frames to save as {str(path)!r}: on_pixels took them as they were made")
         video.check_output(path, len(self.frames), image_only=False)
         video.write(self.frames, path, self.fps)
         return path
@@ -253,6 +255,7 @@ class Engine:
                 vae,
                 home,
                 lambda name: DTYPES[self._setup.vae_dtype],
+                lay_out=lay_out,
                 report=report,
             ),
         }
@@ -316,6 +319,7 @@ def load_model(
     dtype: Callable[[str], torch.dtype],
     *,
     through: torch.dtype | None = None,
+    lay_out: Callable[[Tensor], Tensor] | None = None,
     report: Callable[[int], None] | None = None,
 ) -> M:
     """Build a model on meta and give it its weights one after the other.
@@ -326,6 +330,7 @@ def load_model(
         device: where they go.
         dtype: the dtype to hold a tensor in, by its native name.
         through: a dtype to round every tensor to on the way.
+        lay_out: how a tensor is to lie in memory.
         report: called with the bytes of each tensor read.
     """
     with torch.device("meta"):
@@ -333,6 +338,8 @@ def load_model(
     state = {}
     for name, tensor in checkpoints.read_tensors(part):
         state[name] = (tensor if through is None else tensor.to(through)).to(device, dtype(name))
+        if lay_out:
+            state[name] = lay_out(state[name])
         before, part_of, _ = name.partition("self_attn.")
         if part_of:  # as soon as they are there: never all of them twice
             fuse(state, before + part_of)

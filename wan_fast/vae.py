@@ -549,7 +549,12 @@ def _lay_out_weights(vae: nn.Module, _: object = None) -> None:
     """Lay the convolutions' weights out as `causal_conv3d` wants them."""
     for module in vae.modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d, CausalConv3d)):
-            module.weight.data = conv_weight(module.weight.data)
+            module.weight.data = lay_out(module.weight.data)
+
+
+def lay_out(weight: Tensor) -> Tensor:
+    """A weight as `causal_conv3d` wants it, if it is a convolution's; no copy where it lies so."""
+    return conv_weight(weight) if weight.ndim > 3 else weight
 
 
 def patchify(video: Tensor, patch: int) -> Tensor:
