@@ -110,6 +110,41 @@ def test_addresses_beyond_32_bits(name: str) -> None:
         assert torch.equal(result, expected)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: references have no addresses of their own")
+@pytest.mark.parametrize("name", ["causal_conv3d", "causal_conv3d_add", "frames_to_uint8", "rms_norm_silu", "rms_norm_silu_"])
+def test_addresses_of_frames_beyond_32_bits(name: str, num_frames: int = 60, height: int = 480, width: int = 832) -> None:
+    """The last frame of more than 2^31 elements comes out as it does alone."""
+
+    def frames() -> Tensor:
+        few = torch.randn(3, height, width, 96, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+        return few.repeat(num_frames // 3, 1, 1, 1).permute(0, 3, 1, 2)
+
+    x = frames()
+    last, earlier = x[-1:].clone(memory_format=torch.channels_last), x[-3:-1].clone(memory_format=torch.channels_last)
+    weight = kernels.conv_weight(torch.randn(96, 96, 3, 3, 3).mul_(0.02)).to(DEVICE, torch.bfloat16)
+    bias, gamma = torch.randn(96).to(DEVICE, torch.bfloat16), torch.randn(96).to(DEVICE, torch.bfloat16)
+    if name == "causal_conv3d":
+        results = [
+            (kernels.causal_conv3d(x, None, weight, bias)[0][-1:], kernels.causal_conv3d(last, earlier, weight, bias)[0])
+        ]
+    elif name == "causal_conv3d_add":
+        out, part = frames(), last.clone(memory_format=torch.channels_last)
+        kernels.causal_conv3d_add(out, x, None, weight, bias)
+        kernels.causal_conv3d_add(part, last, earlier, weight, bias)
+        results = [(out[-1:], part)]
+    elif name == "rms_norm_silu":
+        results = [(kernels.rms_norm_silu(x, gamma)[-1:], kernels.rms_norm_silu(last, gamma))]
+    elif name == "rms_norm_silu_":
+        kernels.rms_norm_silu_(x, gamma)
+        kernels.rms_norm_silu_(last, gamma)
+        results = [(x[-1:], last)]
+    else:
+        as_patches = [t.permute(0, 2, 3, 1).unflatten(3, (8, 12)).flatten(2, 3).permute(0, 3, 1, 2) for t in (x, last)]
+        results = [(kernels.frames_to_uint8(as_patches[0])[-1:], kernels.frames_to_uint8(as_patches[1]))]
+    for result, expected in results:
+        assert torch.equal(result, expected)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")
 def test_in_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "as_accurate_as_the_reference"]

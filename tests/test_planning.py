@@ -17,7 +17,7 @@ from wan_fast.engine import Engine
 from wan_fast.kernels import KERNELS
 from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
 from wan_fast.planning import FUSED, plan
-from wan_fast.tasks import TASKS, TILE_HALO, VAES
+from wan_fast.tasks import TASKS, VAES
 from wan_fast.vae import WanVAE, windows
 
 GIB = 2**30
@@ -172,12 +172,6 @@ def test_dtype_of_the_vae_on_a_cpu():
     tiny = EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", dtype="bf16")
     assert plan(tiny, CAT).vae_dtype == "fp32"
     assert "fp16" in plan(replace(tiny, vae_dtype="fp16"), CAT).warnings[-1]
-
-
-def test_strips_are_those_of_the_decoder():
-    for h, w, tiles in ((44, 80, 3), (80, 44, 4), (5, 7, 7), (4, 4, 1)):
-        cut = [min(x.last + TILE_HALO, x.size) - max(x.first - TILE_HALO, 0) for x in windows(h, w, tiles)]
-        assert planning._strips((16, 1, h, w), tiles) == [part / (2 * max(h, w)) for part in cut]
 
 
 def test_a_picture_decides_the_shape(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 from wan_fast.tasks import FREQ_DIM, HEAD_DIM, PATCH, TEXT_DIM, TEXT_LEN, TaskSpec, VaeSpec
@@ -288,6 +289,14 @@ def decoder_level(name: str, dims: VaeDims) -> int:
     if match is None:
         return 3 if ".head." in name else 0
     return int(match[1]) if dims.version == "2.2" else int(match[1]) // 4
+
+
+def strips(height: int, width: int, tiles: int) -> list[tuple[int, int]]:
+    """First and last row or column of `tiles` strips across the longer side of latents, as equal as may be, in the decoder's
+    rows or columns above its first doubling, where they are cut."""
+    size = 2 * max(height, width)
+    edges = [round(i * size / tiles) for i in range(tiles + 1)]
+    return list(pairwise(edges))
 
 
 def encoder_level(name: str, dims: VaeDims) -> int:

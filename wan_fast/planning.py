@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import product
 from math import floor, prod, sqrt
 from pathlib import Path
 from typing import Any
@@ -370,10 +370,11 @@ def _encode_bytes(dims: manifest.VaeDims, latent_shape: tuple[int, ...], size: i
 
 
 def _strips(latent_shape: tuple[int, ...], tiles: int) -> list[float]:
-    """Parts of the longer side that the strips take with their halos, as `wan_fast.vae.windows` cuts them."""
-    size = 2 * max(latent_shape[2:])
-    edges = [round(i * size / tiles) for i in range(tiles + 1)]
-    return [(min(b + TILE_HALO, size) - max(a - TILE_HALO, 0)) / size for a, b in pairwise(edges)]
+    """Parts of the longer side that the strips take with their halos."""
+    h, w = latent_shape[2:]
+    size = 2 * max(h, w)
+    cut = manifest.strips(h, w, tiles)
+    return [(min(last + TILE_HALO, size) - max(first - TILE_HALO, 0)) / size for first, last in cut]
 
 
 def _tiled_flops(dims: manifest.VaeDims, latent_shape: tuple[int, ...], tiles: int) -> float:

@@ -31,7 +31,7 @@ from wan_fast.kernels import (
     rms_norm_silu,
     rms_norm_silu_,
 )
-from wan_fast.manifest import VaeDims
+from wan_fast.manifest import VaeDims, strips
 from wan_fast.tasks import TILE_HALO, VAES, VaeSpec
 
 CHANNELS_LAST = torch.channels_last
@@ -540,9 +540,7 @@ class WanVAE(nn.Module):
 
 def windows(h: int, w: int, tiles: int) -> list[Window]:
     """`tiles` strips across the longer side of latents [C, T, h, w], as equal as may be."""
-    size = 2 * max(h, w)
-    edges = [round(i * size / tiles) for i in range(tiles + 1)]
-    return [Window(3 if w >= h else 2, first, last, size) for first, last in pairwise(edges)]
+    return [Window(3 if w >= h else 2, first, last, 2 * max(h, w)) for first, last in strips(h, w, tiles)]
 
 
 def _lay_out_weights(vae: nn.Module, _: object = None) -> None:
