@@ -264,9 +264,9 @@ def _memory_plan(
     whole = [(*decode, 1) for decode in DECODES[device.type]]
     tiled = [(*DECODES[device.type][-1], tiles) for tiles in TILES if tiles <= max(latent_shape[2:])]
     placings = (False, True) if asked is None else (asked,)
-    for offload, decode in (*product(placings, whole), *product(placings, tiled)):
-        working["decode"] = _decode_bytes(models.vae, latent_shape, *decode, vae_size, fused)
-        if decode[-1] > 1 and device.type == "cpu":  # where the clip waits for its last strip
+    for offload, (chunk, piece, tiles) in (*product(placings, whole), *product(placings, tiled)):
+        working["decode"] = _decode_bytes(models.vae, latent_shape, chunk, piece, tiles, vae_size, fused)
+        if tiles > 1 and device.type == "cpu":  # where the clip waits for its last strip
             working["decode"] += 3 * vae_size * prod(request.size) * request.num_frames
         # with offload one model at a time is on the device: of two experts the larger counts
         resident = {
@@ -275,14 +275,15 @@ def _memory_plan(
         }
         peak = {stage: resident[stage] + working[stage] for stage in at_work}
         if max(peak.values()) <= budget:
-            names = ("decode_chunk", "decode_piece", "decode_tiles")
             return MemoryPlan(
                 budget=budget,
                 offload=offload,
                 weights=weights,
                 working=working,
                 peak=peak,
-                **dict(zip(names, decode, strict=True)),
+                decode_chunk=chunk,
+                decode_piece=piece,
+                decode_tiles=tiles,
             )
     worst = max(peak, key=lambda stage: peak[stage])
     absent = "" if setup.checkpoint else f" (checkpoint {config.checkpoint or config.spec.hub_id} is not here: released sizes)"
@@ -355,7 +356,10 @@ def _decode_bytes(
     copied = 0 if piece == 2 else 2
     of_piece, rest = (3.06, copied) if dims.version == "2.1" else (2.06, copied) if piece <= 2 else (2.55, 1.05)
     alive = below + (of_piece * piece + rest) * frame
-    return int(1.01 * history + alive) if fused else int(1.2 * history + 1.5 * alive)
+    if fused:
+        return int(1.01 * history + alive)
+    # in fp32 narrow layers run with the channels of three frames side by side
+    return int(1.2 * history + (2.2 if size == 4 and dims.decoder_dim < 64 else 1.85) * alive)
 
 
 def _encode_bytes(dims: manifest.VaeDims, latent_shape: tuple[int, ...], size: int, fused: bool) -> int:
@@ -399,16 +403,8 @@ def _check_noise(file: Path, latent_shape: tuple[int, ...]) -> None:
 
 # those of wan_fast.kernels, which only a GPU's plan imports
 FUSED = (
-    *(
-        "adaln_modulate",
-        "causal_conv3d",
-        "causal_conv3d_add",
-        "frames_to_uint8",
-        "gated_residual_adaln",
-        "gelu_tanh",
-        "guidance_step",
-    ),
-    *("patchify", "qk_norm_rope", "rms_norm_silu", "rms_norm_silu_", "unpatchify"),
+    *("adaln_modulate", "causal_conv3d", "causal_conv3d_add", "frames_to_uint8", "gated_residual_adaln", "gelu_tanh"),
+    *("guidance_step", "patchify", "qk_norm_rope", "rms_norm_silu", "rms_norm_silu_", "unpatchify"),
 )
 
 
