@@ -95,21 +95,21 @@ def main(capabilities: list[int]) -> None:
     compiled: list[Any] = []
     compile_only(compiled)
     rows = []
-    for capability, case, dtype in itertools.product(capabilities, REAL_CASES, (torch.float32, torch.bfloat16)):
-        driver.set_active(TargetOnly(capability))
-        compiled.clear()
-        KERNELS[case.op].launch(*case.inputs(dtype))
-        name = f"{case.op}-{case.id}-{str(dtype).removeprefix('torch.')} on sm_{capability}"
-        facts = {
-            "case": name,
-            "capability": capability,
-            "budget": case.registers,
-            "loads": case.narrow_loads,
-            "stores": case.narrow_stores,
-            "most": case.shared,
-            "products": case.products and dtype == torch.bfloat16,
-        }
-        rows += [facts | usage(kernel) for kernel in compiled]
+    for capability, case in itertools.product(capabilities, REAL_CASES):
+        for dtype in case.dtypes if capability >= case.since else ():
+            driver.set_active(TargetOnly(capability))
+            compiled.clear()
+            KERNELS[case.op].launch(*case.inputs(dtype))
+            facts = {
+                "case": f"{case.op}-{case.id}-{str(dtype).removeprefix('torch.')} on sm_{capability}",
+                "capability": capability,
+                "budget": case.registers,
+                "loads": case.narrow_loads,
+                "stores": case.narrow_stores,
+                "most": case.shared,
+                "products": case.products if dtype == torch.bfloat16 else "",
+            }
+            rows += [facts | usage(kernel) for kernel in compiled]
     json.dump(rows, sys.stdout)
 
 

@@ -33,7 +33,8 @@ class Case(NamedTuple):
 
 class RealCase(NamedTuple):
     """One real shape, and what every kernel launched for it may use at most: registers per thread, loads and stores narrower
-    than 128 bits (None leaves them open), bytes of shared memory. `products`: it computes on tensor cores in bf16.
+    than 128 bits (None leaves them open), bytes of shared memory. `products`: it computes on tensor cores, where it is compiled
+    for bf16 in "bf16", "fp8" or "int8". `since`: the lowest compute capability that has its dtypes.
 
     Sums over a row pass through a few shared bytes per warp, layouts through one row of the narrower dtype.
     """
@@ -45,7 +46,9 @@ class RealCase(NamedTuple):
     narrow_loads: int | None = None
     narrow_stores: int | None = None
     shared: int = 16 * 1024
-    products: bool = False
+    products: str = ""
+    since: int = 80
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
 
 def _frames(F: int, h: int, w: int, patch: int, margin: int, rounding: bool, meta: bool = False) -> Inputs:
@@ -329,13 +332,140 @@ def _vae_cases() -> list[Case]:
 
 def _real_vae_cases() -> list[RealCase]:
     cases = [
-        RealCase(conv.op, name, partial(conv.inputs, meta=True), 240, shared=99 * 1024, products=True)
+        RealCase(conv.op, name, partial(conv.inputs, meta=True), 240, shared=99 * 1024, products="bf16")
         for name, conv in _REAL_CONVS.items()
     ]
     for name, *shape in (("vae2.2", 8, 256, 352, 640), ("vae2.1", 4, 96, 480, 832)):
         cases.append(RealCase("rms_norm_silu", name, _channels_last(*shape, True, meta=True), 128, 1, 0))
         cases.append(RealCase("rms_norm_silu_", name, _channels_last(*shape, True, meta=True), 128, 1, 0))
     return cases
+
+
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+
+
+def _form(D: int, dtype: torch.dtype, form: str) -> tuple[Any, ...]:
+    """dtype, groups, fixed and smooth of a quantising operator: "row", "groups", "fixed", each also "-smooth"."""
+    kind, _, smooth = form.partition("-")
+    fixed = torch.tensor(0.02) if kind == "fixed" else None
+    return dtype, kind == "groups", fixed, _randn(D, seed=8).abs_().add_(0.1) if smooth else None
+
+
+def _with_zeros(x: Tensor) -> Tensor:
+    """The first row zero, an outlier of 1e4 in the last."""
+    rows = x.view(-1, x.shape[-1])
+    rows[0], rows[-1, -1] = 0, 1e4
+    return x
+
+
+def _quantizing(inputs: Inputs, dtype: torch.dtype, form: str) -> Inputs:
+    """The inputs of a plain operator for its quantising form: its dtype, the last, is another's."""
+
+    def changed(outside: torch.dtype) -> tuple[Any, ...]:
+        args = inputs(outside)
+        args = args[:-1] if isinstance(args[-1], torch.dtype) else args
+        return (*args, *_form(args[0].shape[-1], dtype, form))
+
+    return changed
+
+
+def _rows_of(*shape: int) -> Inputs:
+    return lambda dtype: (_with_zeros(_randn(*shape)).to(dtype),)
+
+
+def _quantizing_cases() -> list[Case]:
+    """Every form, at widths of the models, at those that no group divides, and of one."""
+    cases = []
+    for name, dtype in (("fp8", FP8), ("int8", INT8)):
+        forms = ("row", "groups", "row-smooth", "groups-smooth", *(("fixed", "fixed-smooth") if dtype == FP8 else ()))
+
+        def add(op: str, id: str, inputs: Inputs, *these: str) -> None:
+            cases.extend(Case(op, f"{name}-{form}-{id}", _quantizing(inputs, dtype, form)) for form in these)  # noqa: B023
+
+        add("quantize_rows", "2x3x300", _rows_of(2, 3, 300), *forms)
+        add("quantize_rows", "3x13824", _rows_of(3, 13824), "row", "groups")
+        add("quantize_rows", "4x1", _rows_of(4, 1), "row", "groups")
+        add("quantize_rows", "0x96", lambda dtype: (torch.empty(0, 96, dtype=dtype),), "row")
+        add("adaln_modulate_quantized", "B2-L7-D300-R2-split3", _adaln(2, 7, 300, 2, 3), *forms)
+        add("adaln_modulate_quantized", "B1-L3-D5120-R1", _adaln(1, 3, 5120, 1, 0), "row")
+        add("gated_residual_adaln_quantized", "B2-L7-D300-R2-split3", _gated(2, 7, 300, 2, 2, 3), *forms)
+        add("gated_residual_adaln_quantized", "B1-L3-D3072-norm3", _gated(1, 3, 3072, 1, 0, 0), "row", "groups")
+        add("gelu_tanh_quantized", "2x3x300", _gelu(2, 3, 300), *forms)
+        add("gelu_tanh_quantized", "2x14336", _gelu(2, 14336, bias=False), "row", "groups")
+    return cases
+
+
+class Gemm(NamedTuple):
+    """a [B, L, K] by b [N, K]: scales of a "fixed", "row" or "groups", of b "rows" or "blocks"; `then` of gemm_8bit_gelu and
+    gemm_8bit_add."""
+
+    L: int
+    K: int
+    N: int
+    a: str = "row"
+    b: str = "rows"
+    then: str = ""
+    B: int = 1
+    gate: int = 1
+    split: int = 0
+
+    @property
+    def op(self) -> str:
+        return "gemm_8bit" + ("_gelu" if self.then.partition("-")[0] in ("groups", "fixed") else "_add" if self.then else "")
+
+    def inputs(self, eight: torch.dtype, dtype: torch.dtype, meta: bool = False) -> tuple[Any, ...]:
+        B, L, K, N = self.B, self.L, self.K, self.N
+
+        def make(*shape: int, seed: int = 0) -> Tensor:
+            return torch.empty(shape, device="meta") if meta else _randn(*shape, seed=seed)
+
+        def values(x: Tensor) -> Tensor:
+            return (x * 40).round().clamp(-127, 127).to(eight)
+
+        G, groups = -(-K // 128), -(-N // 128)
+        a_scale = {"fixed": (), "row": (B, L, 1), "groups": (B, L, G)}[self.a]
+        b_scale = {"rows": (N,), "blocks": (groups, G)}[self.b]
+        a, b = values(make(B, L, K)), values(make(N, K, seed=1))
+        scales = (make(*shape, seed=seed).abs().add(0.1) / 500 for shape, seed in ((a_scale, 2), (b_scale, 3)))
+        args = a, next(scales), b, next(scales), make(N, seed=4).to(dtype)
+        if not self.then:
+            return *args, dtype
+        if self.op == "gemm_8bit_gelu":
+            kind, _, smooth = self.then.partition("-")
+            fixed = make(seed=9) * 0 + 0.02 if kind == "fixed" else None
+            return *args, kind == "groups", fixed, make(N, seed=8).abs() + 0.1 if smooth else None
+        gate = make(B, self.gate, 3, N, seed=6)[:, :, 1] if self.gate else None
+        return make(B, L, N, seed=5), *args, gate, self.split
+
+
+_GEMMS = {
+    "one-row": Gemm(1, 96, 40),
+    "odd": Gemm(37, 77, 45, B=2),
+    "odd-fixed": Gemm(5, 300, 130, a="fixed"),
+    "tiles": Gemm(150, 272, 272),
+    "no-rows": Gemm(0, 32, 32),
+    "one-term": Gemm(3, 1, 1),
+    "groups": Gemm(9, 300, 140, a="groups"),
+    "groups-blocks": Gemm(9, 400, 300, a="groups", b="blocks"),
+    "row-blocks": Gemm(9, 304, 140, b="blocks"),
+    "gelu-groups": Gemm(9, 80, 300, then="groups"),
+    "gelu-groups-smooth": Gemm(9, 80, 128, then="groups-smooth", a="groups"),
+    "add": Gemm(9, 80, 140, then="add", B=2, gate=2, split=4),
+    "add-one-row": Gemm(9, 77, 40, then="add", B=2),
+    "add-no-gate": Gemm(5, 80, 40, then="add", gate=0, a="groups", b="blocks"),
+}
+_FP8_GEMMS = {
+    "gelu-fixed": Gemm(9, 80, 140, then="fixed", a="fixed"),
+    "gelu-fixed-smooth": Gemm(9, 77, 40, then="fixed-smooth"),
+}
+
+
+def _gemm_cases() -> list[Case]:
+    return [
+        Case(gemm.op, f"{name}-{id}", partial(gemm.inputs, eight))
+        for name, eight, gemms in (("fp8", FP8, _GEMMS | _FP8_GEMMS), ("int8", INT8, _GEMMS))
+        for id, gemm in gemms.items()
+    ]
 
 
 def arguments(case: Case | RealCase, dtype: torch.dtype, device: str | torch.device) -> tuple[Any, ...]:
@@ -358,15 +488,29 @@ def run(kernel: Kernel, body: Callable[..., Any], args: tuple[Any, ...]) -> list
     own = [arg.clone() if name in kernel.mutates and arg is not None else arg for name, arg in zip(names, args, strict=True)]
     returned = body(*own)
     outputs = (returned,) if isinstance(returned, Tensor) else [t for t in returned or () if t is not None]
+    if "quantize" in kernel.name or kernel.name == "gemm_8bit_gelu":
+        fixed = next((arg for name, arg in zip(names, own, strict=True) if name == "fixed"), None)
+        outputs = [*outputs, dequantized(outputs[0], outputs[1] if fixed is None else fixed)]
     return [*outputs, *(arg for name, arg in zip(names, own, strict=True) if name in kernel.mutates and arg is not None)]
 
 
+def dequantized(values: Tensor, scale: Tensor) -> Tensor:
+    """values [..., D] times their scale [], [..., 1] or [..., G], in fp32 or what is wider."""
+    D = values.shape[-1]
+    if scale.ndim and scale.shape[-1] > 1:
+        scale = scale.repeat_interleave(128, -1)[..., :D]
+    return values.to(scale.dtype) * scale
+
+
 def in_fp64(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same arguments with floating-point tensors, and the dtype of results, in fp64."""
-    return tuple(
-        a.double() if isinstance(a, Tensor) and a.is_floating_point() else torch.float64 if isinstance(a, torch.dtype) else a
-        for a in args
-    )
+    """The same arguments with floating-point tensors, and the dtype of results, in fp64; what is rounded to 8 bits is not."""
+
+    def widened(value: object) -> object:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.double()
+        return torch.float64 if isinstance(value, torch.dtype) and value.itemsize > 1 else value
+
+    return tuple(widened(value) for value in args)
 
 
 def _meta(*shape: int) -> Callable[[torch.dtype], Tensor]:
@@ -410,6 +554,46 @@ def _real_dit_cases() -> list[RealCase]:
     return cases
 
 
+def _real_8bit_cases() -> list[RealCase]:
+    """What is quantised at each task's width, and the products of a 14B block and of one whose tokens no tile divides."""
+    cases = []
+    for task, (T, H, W), D, F, _, R, split in _TASKS:
+        L = T * H * W
+        rows = [_meta32(1, R, 6, D)(torch.float32)[:, :, i] for i in range(3)]
+        stream, y, hidden = _meta32(1, L, D), _meta(1, L, D), _meta(1, L, F)
+        inputs: dict[str, Inputs] = {
+            "quantize_rows": _args(y),
+            "adaln_modulate_quantized": _args(stream, *rows[1:], split, 1e-6),
+            "gated_residual_adaln_quantized": _args(stream, y, *rows, split, 1e-6, False),
+            "gelu_tanh_quantized": _args(hidden, None),
+        }
+        more = {"t2v-1.3B-480p": [(FP8, "groups"), (FP8, "fixed-smooth")], "t2v-14B-720p": [(INT8, "row")]}
+        forms = [(FP8, "row"), *more.get(task, [])]
+        for (op, build), (dtype, form) in itertools.product(inputs.items(), forms):
+            name = f"{task}-{'fp8' if dtype == FP8 else 'int8'}-{form}"
+            since = 89 if dtype == FP8 else 80
+            made = partial(_on_meta, _quantizing(build, dtype, form))
+            cases.append(RealCase(op, name, made, 64, 1, 1, since=since, dtypes=(torch.bfloat16,)))
+    gemms = {
+        "t2v-14B-qkv": Gemm(32760, 5120, 15360),
+        "ti2v-5B-down": Gemm(27280, 14336, 3072),
+        "t2v-14B-up-fixed": Gemm(32760, 5120, 13824, a="fixed", then="fixed"),
+        "t2v-14B-up-groups": Gemm(32760, 5120, 13824, a="groups", b="blocks", then="groups"),
+        "t2v-14B-down-add": Gemm(32760, 13824, 5120, then="add"),
+        "t2v-14B-down-blocks": Gemm(32760, 13824, 5120, a="groups", b="blocks"),
+    }
+    for (id, gemm), (name, eight) in itertools.product(gemms.items(), (("fp8", FP8), ("int8", INT8))):
+        if eight == FP8 or gemm.then != "fixed":
+            made = partial(gemm.inputs, eight, meta=True)
+            settings = {"products": name, "since": 89 if eight == FP8 else 80, "dtypes": (torch.bfloat16,)}
+            cases.append(RealCase(gemm.op, f"{name}-{id}", made, 255, shared=228 * 1024, **settings))  # type: ignore[arg-type]
+    return cases
+
+
+def _on_meta(inputs: Inputs, dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(value.to("meta") if isinstance(value, Tensor) else value for value in inputs(dtype))
+
+
 def _meta32(*shape: int) -> Callable[[torch.dtype], Tensor]:
     """fp32 whatever the case's dtype."""
     return lambda dtype: torch.empty(shape, dtype=torch.float32, device="meta")
@@ -424,11 +608,12 @@ def _args(*values: Any) -> Inputs:
     return inputs
 
 
-CASES = [*_frames_to_uint8_cases(), *_cases(), *_vae_cases()]
+CASES = [*_frames_to_uint8_cases(), *_cases(), *_vae_cases(), *_quantizing_cases(), *_gemm_cases()]
 
 REAL_CASES = [
     RealCase("frames_to_uint8", "vae2.1-480p-4", _frames(4, 480, 832, 1, 0, False, meta=True), 40),
     RealCase("frames_to_uint8", "vae2.2-720p-4", _frames(4, 352, 640, 2, 0, False, meta=True), 40),
     *_real_dit_cases(),
     *_real_vae_cases(),
+    *_real_8bit_cases(),
 ]

@@ -17,7 +17,9 @@ LEVELS: list[set[str]] = [
     {"kernels", "tasks"},
     {"config"},
     {"device", "flags", "headers", "manifest", "names", "steps"},
-    {"attention", "quantize", "parallel", "checkpoint", "lora", "roofs", "video"},
+    {"dialects"},
+    {"schemes", "weights"},
+    {"attention", "parallel", "checkpoint", "lora", "quantize", "roofs", "video"},
     {"dit", "adapters", "vae", "encoders"},
     {"conditioning", "planning", "sampler", "solver"},
     {"graphs", "engine"},
@@ -30,7 +32,9 @@ LEVELS: list[set[str]] = [
 # what these modules may import from outside the project; the others are free
 OUTSIDE: dict[str, set[str]] = {
     "kernels": STDLIB | {"torch", "triton"},
-    **dict.fromkeys(["tasks", "config", "device", "flags", "headers", "manifest", "names", "steps"], STDLIB),
+    **dict.fromkeys(
+        ["tasks", "config", "device", "flags", "headers", "manifest", "names", "steps", "dialects", "schemes"], STDLIB
+    ),
 }
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 

@@ -16,8 +16,10 @@ from wan_fast.device import Device, describe
 from wan_fast.dit import WanDiT, grid_of
 from wan_fast.engine import Engine
 from wan_fast.kernels import KERNELS
-from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
-from wan_fast.planning import FUSED, plan
+from wan_fast.manifest import DiTDims, VaeDims, dit_shapes, stays_fp32
+from wan_fast.planning import FUSED, FUSED_8BIT, plan
+from wan_fast.quantize import QuantizedLinear, swap
+from wan_fast.schemes import quantized_at_load
 from wan_fast.tasks import TASKS, VAES
 from wan_fast.vae import WanVAE, windows
 
@@ -93,7 +95,8 @@ def test_weights_are_those_that_get_loaded(tmp_path):
 
 @pytest.mark.parametrize("task", ["t2v-1.3B", "ti2v-5B", "t2v-14B"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_denoising_memory_is_what_the_model_takes(task, dtype):
+@pytest.mark.parametrize("scaling", ["", "row", "block"])
+def test_denoising_memory_is_what_the_model_takes(task, dtype, scaling):
     """Run on meta at the real size: the prediction is at most a fifth above what is alive at once, and never below."""
     spec = TASKS[task]
     shape = spec.vae_spec.latent_shape(spec.default_size, spec.num_frames)
@@ -102,6 +105,11 @@ def test_denoising_memory_is_what_the_model_takes(task, dtype):
         model = WanDiT(dims).requires_grad_(False)
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if stays_fp32(name) else dtype)
+        forms = quantized_at_load(dit_shapes(dims), "fp8", scaling, 0) if scaling else {}
+        swap(model, forms)
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.bias = module.bias.to(dtype)
         x = torch.empty(1, *shape)
 
         def step():
@@ -110,7 +118,7 @@ def test_denoising_memory_is_what_the_model_takes(task, dtype):
 
         measured = peak_bytes(step)
     size = 2 if dtype == torch.bfloat16 else 4
-    assert measured <= planning._denoise_bytes({"model": dims}, shape, size, fused=True) <= 1.2 * measured
+    assert measured <= planning._denoise_bytes({"model": dims}, shape, size, True, {"model": forms}) <= 1.2 * measured
 
 
 @pytest.mark.parametrize(("version", "latents"), [("2.1", (16, 9, 60, 104)), ("2.2", (48, 9, 44, 80))])
@@ -257,7 +265,7 @@ def test_attention_asked_for_must_be_there(gpu):
 
 
 def test_every_operation_of_the_plan_says_what_runs_it(gpu):
-    assert set(FUSED) == set(KERNELS)
+    assert {*FUSED, *FUSED_8BIT} == set(KERNELS)
     gpu(80)
     for asked, runs, memory in (("auto", {"triton"}, 1.0), ("reference", {"reference"}, 1.2)):
         todo = plan(replace(FIVE, kernels=asked), CAT)

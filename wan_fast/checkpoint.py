@@ -1,64 +1,45 @@
-"""Checkpoints on disk: found, described and checked from their file headers; then loaded tensor by tensor.
+"""Checkpoints on disk: found, described and checked from their file headers.
 
 Two layouts, told apart by content. Native: config.json and diffusion_pytorch_model*.safetensors at the top (A14B: in
 high_noise_model/ and low_noise_model/), Wan2.x_VAE.pth, models_t5_*.pth, google/umt5-xxl/. Diffusers: model_index.json
-and a folder per part. `open_checkpoint` needs neither torch nor a GPU and reads no weight.
+and a folder per part. Where a DiT or a text encoder is not under its usual name, the one file that holds such a model is
+taken. `open_checkpoint` needs neither torch nor a GPU and reads no weight.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
 from importlib.resources import files
-from math import prod
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from wan_fast import manifest
+from wan_fast import dialects, manifest
 from wan_fast.config import Request, WanFastError
-from wan_fast.headers import DTYPE_BYTES, read_pth_header, read_safetensors_header
-from wan_fast.names import DIT_NAMES, TEXT_NAMES, VAE21_NAMES, VAE22_NAMES, Rules, native_name
+from wan_fast.headers import TensorInfo, read_header
+from wan_fast.names import VAE21_NAMES, VAE22_NAMES, Rules, native_name, rules_for
 from wan_fast.tasks import TASKS, VAES, TaskSpec
+from wan_fast.weights import Packed, Part, read_tensors
 
-if TYPE_CHECKING:
-    import torch
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where one tensor lies: its native name, the name in the file, shape, dtype (safetensors spelling) and file."""
-
-    name: str
-    stored_name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-
-
-@dataclass(frozen=True)
-class Part:
-    """One model of a checkpoint (a DiT, the VAE, the text encoder): its config and its tensors by native name."""
-
-    path: Path
-    config: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
-
-    @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: info.shape for name, info in self.tensors.items()}
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensors as stored."""
-        return sum(prod(info.shape) * DTYPE_BYTES.get(info.dtype, 1) for info in self.tensors.values())
-
-    @property
-    def dtypes(self) -> str:
-        return "+".join(sorted({info.dtype.lower() for info in self.tensors.values()}))
+__all__ = [
+    "Checkpoint",
+    "Packed",
+    "Part",
+    "TensorInfo",
+    "check",
+    "check_tensors",
+    "describe",
+    "kind_of",
+    "locate",
+    "open_checkpoint",
+    "open_dit",
+    "read_tensors",
+    "tasks_of",
+]
 
 
 @dataclass(frozen=True)
@@ -139,7 +120,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if (path / "model_index.json").is_file():
         return _open_diffusers(path)
-    if (path / "config.json").is_file() or (path / "high_noise_model").is_dir() or (path / "low_noise_model").is_dir():
+    known = [path / name for name in ("config.json", "high_noise_model", "low_noise_model")]
+    if any(file.exists() for file in known) or _find(path, "DiT"):
         return _open_native(path)
     seen = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
     raise WanFastError(
@@ -279,6 +261,7 @@ def _describe_part(name: str, part: Part) -> dict[str, Any]:
         "file": str(part.path),
         "parameters": f"{manifest.num_parameters(part.shapes):,}",
         "dtype": part.dtypes,
+        "quantisation": part.quantisation,
         "tensors": len(part.tensors),
     }
     with _described(part):
@@ -320,26 +303,22 @@ def _described(part: Part) -> Iterator[None]:
 
 
 def _open_native(path: Path) -> Checkpoint:
-    if (path / "config.json").is_file():
-        experts = {"model": _safetensors_part(path, "diffusion_pytorch_model", {})}
-    else:
-        experts = {}
-        for name in ("high_noise", "low_noise"):
-            folder = path / f"{name}_model"
-            if not folder.is_dir():
-                raise WanFastError(
-                    f"checkpoint {str(path)!r} has one expert but no {folder.name}/; download the whole repository"
-                )
-            experts[name] = _safetensors_part(folder, "diffusion_pytorch_model", {})
+    folders = {name: path / f"{name}_model" for name in ("high_noise", "low_noise")}
+    if (path / "config.json").is_file() or not any(folder.is_dir() for folder in folders.values()):
+        folders = {"model": path}
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise WanFastError(f"checkpoint {str(path)!r} has one expert but no {folder.name}/; download the whole repository")
+    experts = {name: open_dit(folder) for name, folder in folders.items()}
     vae = next((path / spec.file for spec in VAES.values() if (path / spec.file).is_file()), None)
-    text = next(iter(sorted(path.glob("models_t5_*.pth"))), None)
+    text = next(iter(sorted(path.glob("models_t5_*.pth"))), None) or _find(path, "text encoder")
     tokenizer = path / "google" / "umt5-xxl"
     return Checkpoint(
         path=path,
         layout="native",
         experts=experts,
-        vae=_pth_part(vae) if vae else None,
-        text_encoder=_pth_part(text) if text else None,
+        vae=_part([vae], vae, {}, {}) if vae else None,
+        text_encoder=_part([text], text, {}) if text else _text_encoder(path / "text_encoder"),
         tokenizer=tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
         **_generation_config(path),
     )
@@ -353,28 +332,37 @@ def _open_diffusers(path: Path) -> Checkpoint:
     for folder in folders.values():
         if not (path / folder).is_dir():
             raise WanFastError(f"checkpoint {str(path)!r} has no {folder}/, which its model_index.json names; download it")
-    experts = {n: _safetensors_part(path / f, "diffusion_pytorch_model", DIT_NAMES) for n, f in folders.items()}
-    vae, text, tokenizer = path / "vae", path / "text_encoder", path / "tokenizer"
+    vae, tokenizer = path / "vae", path / "tokenizer"
     vae_part = None
     if vae.is_dir():
-        residual = _json(vae / "config.json").get("is_residual", False)
-        vae_part = _safetensors_part(vae, "diffusion_pytorch_model", VAE22_NAMES if residual else VAE21_NAMES)
+        config = _json(vae / "config.json")
+        names = VAE22_NAMES if config.get("is_residual", False) else VAE21_NAMES
+        vae_part = _part(_files_of(vae, "diffusion_pytorch_model"), vae, config, names)
     return Checkpoint(
         path=path,
         layout="diffusers",
-        experts=experts,
+        experts={name: open_dit(path / folder) for name, folder in folders.items()},
         vae=vae_part,
-        text_encoder=_safetensors_part(text, "model", TEXT_NAMES) if text.is_dir() else None,
+        text_encoder=_text_encoder(path / "text_encoder"),
         tokenizer=tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
         **_generation_config(path),
     )
 
 
 def open_dit(folder: Path) -> Part:
-    """One transformer in a folder of its own, in either layout."""
-    config = _json(folder / "config.json")
-    native = config.get("_class_name") != "WanTransformer3DModel" and "num_attention_heads" not in config
-    return _safetensors_part(folder, "diffusion_pytorch_model", {} if native else DIT_NAMES)
+    """One transformer in a folder of its own, in either layout and any dialect."""
+    return _transformer(folder, "diffusion_pytorch_model", "DiT")
+
+
+def _text_encoder(folder: Path) -> Part | None:
+    return _transformer(folder, "model", "text encoder") if folder.is_dir() else None
+
+
+def _transformer(folder: Path, stem: str, what: str) -> Part:
+    found, config = _files_of(folder, stem, what), folder / "config.json"
+    # a file of another name may come without a config: the sizes are then those of its tensors
+    required = found[0].name.startswith(stem)
+    return _part(found, folder, _json(config) if required or config.is_file() else {}, computes=what == "DiT")
 
 
 def _generation_config(path: Path) -> dict[str, Any]:
@@ -399,13 +387,12 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _safetensors_part(folder: Path, stem: str, names: Rules) -> Part:
-    """A model in one `stem`.safetensors or in the shards its index lists; `names` maps stored to native names."""
-    config = _json(folder / "config.json")
+def _files_of(folder: Path, stem: str, what: str | None = None) -> list[Path]:
+    """`stem`.safetensors, or the shards its index lists, or the one other file with such a model: "DiT", "text encoder"."""
     single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if single.is_file():
-        shards = [single]
-    elif index.is_file():
+        return [single]
+    if index.is_file():
         weight_map = _json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise WanFastError(f"{str(index)!r} has no weight_map from tensors to files; download it again")
@@ -413,43 +400,58 @@ def _safetensors_part(folder: Path, stem: str, names: Rules) -> Part:
         for shard in shards:
             if not shard.is_file():
                 raise WanFastError(f"shard {shard.name} of {len(shards)} is missing from {str(folder)!r}; download it")
-    else:
-        raise WanFastError(f"{str(folder)!r} holds neither {single.name} nor {index.name}; download the whole repository")
-    tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        for stored, (dtype, shape) in read_safetensors_header(shard).items():
-            name = native_name(stored, names)
-            if name in tensors:
-                raise WanFastError(
-                    f"tensor {name} stands twice in {str(folder)!r}: as {tensors[name].stored_name} and as {stored}; "
-                    "download the files again into an empty folder"
-                )
-            if name is not None:
-                tensors[name] = TensorInfo(name, stored, shape, dtype, shard)
-    return Part(folder, config, tensors)
+        return shards
+    if what and (other := _find(folder, what)):
+        return [other]
+    instead = f", nor another file with a {what}" if what else ""
+    raise WanFastError(f"{str(folder)!r} holds neither {single.name} nor {index.name}{instead}; download the whole repository")
 
 
-def _pth_part(file: Path) -> Part:
-    return Part(file, {}, {n: TensorInfo(n, n, s, d, file) for n, (d, s) in read_pth_header(file).items()})
+# a tensor that only such a model has
+_SIGNS = {"DiT": "blocks.0.self_attn.q.", "text encoder": "blocks.0.attn.q."}
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
+def _find(folder: Path, what: str) -> Path | None:
+    """The one file in a folder that holds such a model, whatever it is called.
+
+    Raises:
+        WanFastError: there are several, or none and one that cannot be read.
+    """
+    found, unreadable = [], None
+    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if file.suffix in (".safetensors", ".gguf", ".pth") and file.is_file():
+            try:
+                stored = read_header(file).tensors
+            except WanFastError as error:
+                unreadable = unreadable or error
+                continue
+            prefix = dialects.prefix_of(stored)
+            names = [name.removeprefix(prefix) for name in stored]
+            rules = rules_for(names)
+            if any((native_name(name, rules) or "").startswith(_SIGNS[what]) for name in names):
+                found.append(file)
+    if len(found) > 1:
+        raise WanFastError(
+            f"{str(folder)!r} holds several files with a {what}: {', '.join(file.name for file in found)}; keep one"
+            + (", or the two of an A14B model in high_noise_model/ and low_noise_model/" if what == "DiT" else "")
+        )
+    if not found and unreadable is not None and what == "DiT":
+        raise unreadable
+    return found[0] if found else None
 
 
-def read_tensors(part: Part) -> Iterator[tuple[str, torch.Tensor]]:
-    """(native name, tensor on the CPU) one after the other; files are mapped, not read whole."""
-    import torch
-    from safetensors import safe_open
-
-    by_file: dict[Path, list[TensorInfo]] = {}
-    for info in part.tensors.values():
-        by_file.setdefault(info.file, []).append(info)
-    for file, infos in by_file.items():
-        if file.suffix == ".pth":
-            state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-            for info in infos:
-                yield info.name, state.pop(info.stored_name)
-        else:
-            with safe_open(file, framework="pt") as opened:
-                for info in infos:
-                    yield info.name, opened.get_tensor(info.stored_name)
+def _part(
+    found: Sequence[Path], path: Path, config: Mapping[str, Any], names: Rules | None = None, *, computes: bool = False
+) -> Part:
+    """The model in these files; `names` maps stored to native names, None: told from them; `computes`: in 8 bits if it can."""
+    stored: list[TensorInfo] = []
+    texts: dict[str, str] = {}
+    for file in found:
+        if file.suffix == ".gguf" and find_spec("gguf") is None:
+            raise WanFastError(f"{str(file)!r} needs the package gguf, which is not installed; pip install 'wan-fast[gguf]'")
+        header = read_header(file)
+        texts |= header.texts
+        stored += [TensorInfo(name, name, shape, dtype, file) for name, (dtype, shape) in header.tensors.items()]
+    contents = dialects.split(stored, texts, config, names)
+    stored_8bit = contents.stored_8bit if computes else {}
+    return Part(path, config, contents.tensors, contents.dialect, contents.scales, stored_8bit)

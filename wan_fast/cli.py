@@ -240,6 +240,7 @@ def _say_plan(todo: Plan) -> None:
     )
     worst = max(todo.memory.peak, key=lambda stage: todo.memory.peak[stage])
     placing = "one model at a time on the device" if todo.memory.offload else "all models resident"
+    print(f"linears     {todo.linears}")
     print(f"plan        {todo.tokens:,} tokens, peak {_gib(todo.memory.peak[worst])} in {worst}, {placing}")
     for warning in todo.warnings:
         print(f"warning     {warning}")

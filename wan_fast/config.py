@@ -84,6 +84,21 @@ class EngineConfig:
     dtype: Literal["auto", "bf16", "fp32"] = option(
         "auto", "compute type of the DiT; auto is bf16 on a GPU, fp32 on a CPU", "--dtype"
     )
+    precision: Literal["auto", "bf16", "fp8", "int8"] = option(
+        "auto",
+        "linears of the DiT's blocks; auto: in 8 bits where the checkpoint has them so; fp8, int8: quantised as they are "
+        "loaded; bf16: in --dtype",
+        "--precision",
+    )
+    scaling: Literal["auto", "row", "tensor", "block"] = option(
+        "auto",
+        "scales of linears in 8 bits; auto: the checkpoint's, else row; row: one per token and output channel; tensor: a "
+        "calibrated one for all tokens; block: one per 128 values",
+        "--scaling",
+    )
+    keep_blocks: int | None = option(
+        None, "blocks at either end that are not in 8 bits; default: 3 of 40, in proportion", "--keep_blocks", unit="N"
+    )
     vae_dtype: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "type of the VAE; auto is bf16 on a GPU unless --dtype is fp32, fp32 on a CPU", "--vae_dtype"
     )
@@ -119,6 +134,12 @@ class EngineConfig:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise WanFastError(f"unknown device {self.device!r}; choose auto, cuda, cuda:N or cpu")
         _check_choice(self, "dtype", "auto", "bf16", "fp32")
+        _check_choice(self, "precision", "auto", "bf16", "fp8", "int8")
+        _check_choice(self, "scaling", "auto", "row", "tensor", "block")
+        if self.keep_blocks is not None and self.keep_blocks < 0:
+            raise WanFastError(f"--keep_blocks must be 0 or more, got {self.keep_blocks}")
+        if self.precision == "int8" and self.scaling == "tensor":
+            raise WanFastError("--scaling tensor is for fp8: an integer's scale is that of its token; take --scaling row")
         _check_choice(self, "vae_dtype", "auto", "bf16", "fp16", "fp32")
         _check_choice(self, "attention", "auto", "sdpa", "flash", "xformers")
         _check_choice(self, "kernels", "auto", "reference")

@@ -24,11 +24,13 @@ from wan_fast.kernels import KERNELS, guidance_step
 from wan_fast.kernels.causal_conv3d import output_shape
 from wan_fast.manifest import VaeDims
 from wan_fast.planning import Plan
+from wan_fast.quantize import forms_of, swap
 from wan_fast.vae import WanVAE
 
 # the first pattern that a kernel's or an operator's name matches
 _CLASSES = (
     ("convolution", "causal_conv3d"),
+    ("matrix product", "gemm_8bit"),
     ("wan_fast kernel", "|".join(["wan_fast", *KERNELS])),
     ("attention", r"scaled_dot_product|flash|fmha|sdpa|attention"),
     ("convolution", r"conv|fprop|dgrad|implicit"),
@@ -66,7 +68,9 @@ def count_work(engine: Engine, todo: Plan) -> dict[tuple[str, str], Work]:
         for expert, count in forwards.items():
             loaded = engine.models[expert]
             assert isinstance(loaded, WanDiT)
-            model = _on_meta(loaded, WanDiT(loaded.dims))
+            empty = WanDiT(loaded.dims)
+            swap(empty, forms_of(loaded))
+            model = _on_meta(loaded, empty)
             latents, timestep = torch.empty(1, *todo.latent_shape), torch.empty(1, 1)
             context = model.prepare([torch.empty(1, model.dims.text_dim)], grid_of(latents.shape))
             for kind, done in counted(partial(model, latents, timestep, context)).items():
@@ -108,6 +112,14 @@ def convolving(op: Any, args: Sequence[Any]) -> float:
     return 2.0 * frames * H * W * weight.shape[0] * taps
 
 
+def multiplying(op: Any, args: Sequence[Any]) -> float:
+    """Operations of the products of kernels/gemm_8bit.py."""
+    if op not in [KERNELS[name].op for name in ("gemm_8bit", "gemm_8bit_add", "gemm_8bit_gelu")]:
+        return 0
+    a, _, b = args[1:4] if op is KERNELS["gemm_8bit_add"].op else args[:3]
+    return 2.0 * a.numel() * b.shape[0]
+
+
 def not_touched(op: Any, args: Sequence[Any]) -> float:
     """Bytes of the arguments, as read and as written, that an operator leaves alone."""
     if op is not KERNELS["qk_norm_rope"].op:
@@ -127,7 +139,9 @@ class _Count(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
             formula = flop_registry.get(func._overloadpacket)
-            flops = formula(*args, **(kwargs or {}), out_val=out) if formula else convolving(func, args)
+            flops = (
+                formula(*args, **(kwargs or {}), out_val=out) if formula else convolving(func, args) + multiplying(func, args)
+            )
             self.add(str(func._schema.name), flops, (args, kwargs, out), less=not_touched(func, args))
             if out is None:  # what it changed it has written
                 written = [a for a, is_ in zip(args, func._schema.arguments, strict=False) if is_.is_write]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan_fast.attention import Attention, sdpa
-from wan_fast.kernels import adaln_modulate, gated_residual_adaln, gelu_tanh, patchify, qk_norm_rope, rope_table, unpatchify
+from wan_fast.kernels import Quantizer, patchify, qk_norm_rope, rope_table, unpatchify
 from wan_fast.manifest import DiTDims
+from wan_fast.quantize import Tokens, activated, added_and_modulated, modulated, shared, takes
 from wan_fast.tasks import PATCH
 
 Grid = tuple[int, int, int]
@@ -73,13 +74,13 @@ class WanDiT(nn.Module):
         # each block ends with the norm that the next one, or the head, begins with
         heads_own = (self.head.modulation + time[:, :, None]).unbind(2)
         following = [*(tuple(table[:, :, :2].unbind(2)) for table in tables[1:]), heads_own]
-        dtypes = [self.patch_embedding.weight.dtype] * (self.dims.num_layers - 1) + [torch.float32]
+        first, *others = (takes(block.self_attn.qkv) for block in self.blocks)
         shift, scale = tables[0, :, :, :2].unbind(2)
-        y = adaln_modulate(x, shift, scale, split=split, eps=self.dims.eps, dtype=self.patch_embedding.weight.dtype)
-        for block, table, keys_values, then, dtype in zip(
-            self.blocks, tables, context.keys_values, following, dtypes, strict=True
+        y = modulated(x, shift, scale, first, split=split, eps=self.dims.eps)
+        for block, table, keys_values, then, to in zip(
+            self.blocks, tables, context.keys_values, following, [*others, torch.float32], strict=True
         ):
-            y = block(x, y, table, split, context, keys_values, then, dtype)
+            y = block(x, y, table, split, context, keys_values, then, to)
         T, H, W = latents.shape[2:]
         return unpatchify(self.head.head(y), (T, H, W))
 
@@ -125,45 +126,44 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Tokens,
         table: Tensor,
         split: int,
         context: Context,
         keys_values: KeysValues,
         following: tuple[Tensor, Tensor],
-        dtype: torch.dtype,
-    ) -> Tensor:
+        to: torch.dtype | Quantizer,
+    ) -> Tokens:
         """One block, and the norm after it.
 
         Args:
             x: [B, L, D] fp32, the residual stream, changed in place.
-            y: [B, L, D] in the compute dtype: x, normed and modulated for this block.
+            y: [B, L, D] in the compute dtype or in 8 bits: x, normed and modulated for this block.
             table: [B, R, 6, D] fp32 modulation of this block.
             split, context: as in `WanDiT.forward`.
             keys_values: of this block.
             following: shift and scale [B, R, D] fp32 of the norm after the block.
-            dtype: of the result.
+            to: what the linear that follows takes.
 
         Returns:
             [B, L, D]: the new x, normed and modulated for what follows.
         """
         _, _, gate1, shift2, scale2, gate2 = table.unbind(2)
         weight, bias = (t.expand(x.shape[0], 1, -1) for t in (self.norm3.weight, self.norm3.bias))
+        own: dict[str, Any] = {"split": split, "eps": self.eps}
         y = self.self_attn(y, context)
-        y = gated_residual_adaln(x, y, gate1, bias, weight, split=split, eps=self.eps, affine=True, dtype=y.dtype)
+        y = added_and_modulated(x, y, gate1, bias, weight, takes(self.cross_attn.q), affine=True, **own)
         y = self.cross_attn(y, keys_values)
-        y = gated_residual_adaln(x, y, None, shift2, scale2, split=split, eps=self.eps, dtype=y.dtype)
+        y = added_and_modulated(x, y, None, shift2, scale2, takes(self.ffn[0]), **own)
         y = self.ffn(y)
-        return gated_residual_adaln(x, y, gate2, *following, split=split, eps=self.eps, dtype=dtype)
+        return added_and_modulated(x, y, gate2, *following, to, **own)
 
 
 class FeedForward(nn.Sequential):
-    """Linear, GELU in place, linear."""
+    """Linear, GELU, linear."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self[0](x)
-        gelu_tanh(hidden)
-        return self[2](hidden)
+    def forward(self, x: Tokens) -> Tensor:
+        return self[2](activated(self[0], x, takes(self[2])))
 
 
 class RMSNorm(nn.Module):
@@ -194,8 +194,8 @@ class SelfAttention(nn.Module):
         self.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: fuse(state, prefix))
         self.register_state_dict_post_hook(lambda module, state, prefix, _: unfuse(state, prefix))
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, L, D] -> [B, L, D], both in the compute dtype."""
+    def forward(self, x: Tokens, context: Context) -> Tensor:
+        """[B, L, D], as `qkv` takes it, -> [B, L, D] in the compute dtype."""
         qkv = self.qkv(x).unflatten(-1, (3, -1))  # [B, L, 3, D]
         weight = self.norm_qk.view(2, -1)
         qk_norm_rope(qkv, weight, context.table, grid=context.grid, heads=self.heads[0], eps=self.eps)
@@ -206,6 +206,7 @@ class SelfAttention(nn.Module):
 _FUSED = {
     "qkv.weight": ("q.weight", "k.weight", "v.weight"),
     "qkv.bias": ("q.bias", "k.bias", "v.bias"),
+    "qkv.weight_scale": ("q.weight_scale", "k.weight_scale", "v.weight_scale"),
     "norm_qk": ("norm_q.weight", "norm_k.weight"),
 }
 
@@ -221,6 +222,8 @@ def fuse(state: MutableMapping[str, Any], prefix: str) -> None:
 def unfuse(state: MutableMapping[str, Any], prefix: str) -> None:
     """The reverse of `fuse`; the tensors are views of the joint one."""
     for fused, parts in _FUSED.items():
+        if prefix + fused not in state:
+            continue
         views = state.pop(prefix + fused).chunk(len(parts))
         state.update(zip([prefix + part for part in parts], views, strict=True))
 
@@ -237,10 +240,11 @@ class CrossAttention(nn.Module):
 
     def project(self, text: Tensor) -> KeysValues:
         """Keys and values of text tokens [B, S, D]: the same at every step."""
-        return self.norm_k(self.k(text)).unflatten(-1, self.heads), self.v(text).unflatten(-1, self.heads)
+        tokens = shared(text, self.k, self.v)
+        return self.norm_k(self.k(tokens)).unflatten(-1, self.heads), self.v(tokens).unflatten(-1, self.heads)
 
-    def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
-        """[B, L, D] -> [B, L, D], both in the compute dtype."""
+    def forward(self, x: Tokens, keys_values: KeysValues) -> Tensor:
+        """[B, L, D], as `q` takes it, -> [B, L, D] in the compute dtype."""
         q = self.norm_q(self.q(x)).unflatten(-1, self.heads)
         return self.o(self.attention(q, *keys_values).flatten(2))
 

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import wan_fast
+from wan_fast import schemes
 from wan_fast.config import EngineConfig
 from wan_fast.device import describe, gpu_list
 from wan_fast.planning import kernel_plan
@@ -56,5 +57,8 @@ def _extension() -> str:
 def _kernels() -> dict[str, str]:
     device = describe("auto")
     dtype = "fp32" if device.type == "cpu" else "bf16"
-    choices = kernel_plan(EngineConfig(task="ti2v-5B"), device, dtype)
+    reasons = {precision: schemes.computes(precision, device.capability) for precision in schemes.NAMES}
+    said = ", ".join(f"--precision {precision}: {reason or 'possible'}" for precision, reason in reasons.items())
+    able = [precision for precision, reason in reasons.items() if not reason]
+    choices = kernel_plan(EngineConfig(task="ti2v-5B"), device, dtype, able, said)
     return {choice.op: f"{choice.backend} ({choice.why})" for choice in choices}

@@ -18,14 +18,16 @@ from torch.profiler import record_function
 from wan_fast import checkpoint as checkpoints
 from wan_fast import manifest, video
 from wan_fast.attention import Attention, choose, first_that_runs, sdpa
-from wan_fast.checkpoint import Part
+from wan_fast.checkpoint import Packed, Part
 from wan_fast.conditioning import PREPARE, Conditioning
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.dit import Context, WanDiT, fuse, grid_of
 from wan_fast.encoders import TextEncoder, Tokenizer
 from wan_fast.kernels import only_reference
 from wan_fast.planning import GIB, Plan, Setup, plan, set_up
+from wan_fast.quantize import keep_stored, quantize_in, swap
 from wan_fast.sampler import denoise
+from wan_fast.schemes import Form, linear_of
 from wan_fast.solver import Solver
 from wan_fast.steps import Step
 from wan_fast.vae import WanVAE, lay_out
@@ -265,6 +267,7 @@ class Engine:
                 part,
                 home,
                 lambda name: torch.float32 if manifest.stays_fp32(name) else self.dtype,
+                forms=self._setup.forms.get(name, {}),
                 through=torch.bfloat16 if config.convert_model_dtype else None,
                 report=report,
             )
@@ -318,6 +321,7 @@ def load_model(
     device: torch.device | str,
     dtype: Callable[[str], torch.dtype],
     *,
+    forms: Mapping[str, Form] | None = None,
     through: torch.dtype | None = None,
     lay_out: Callable[[Tensor], Tensor] | None = None,
     report: Callable[[int], None] | None = None,
@@ -329,22 +333,36 @@ def load_model(
         part: where its tensors lie.
         device: where they go.
         dtype: the dtype to hold a tensor in, by its native name.
+        forms: how linears are held that compute in 8 bits, by their name in the model.
         through: a dtype to round every tensor to on the way.
         lay_out: how a tensor is to lie in memory.
         report: called with the bytes of each tensor read.
     """
+    forms = forms or {}
     with torch.device("meta"):
         model = build()
-    state = {}
-    for name, tensor in checkpoints.read_tensors(part):
-        state[name] = (tensor if through is None else tensor.to(through)).to(device, dtype(name))
+        swap(model, forms)
+    state: dict[str, Tensor] = {}
+    for name, stored in checkpoints.read_tensors(part):
+        linear = linear_of(name)
+        form = forms.get(linear or "")
+        if linear and form and form.stored:
+            assert isinstance(stored, Packed)
+            keep_stored(state, linear, name.removesuffix(".weight"), stored, form, device)
+        else:
+            tensor = stored.dequantized() if isinstance(stored, Packed) else stored
+            # what is quantised now is not rounded before
+            kept = tensor.dtype if form else dtype(name)
+            state[name] = (tensor if through is None else tensor.to(through)).to(device, kept)
         if lay_out:
             state[name] = lay_out(state[name])
         before, part_of, _ = name.partition("self_attn.")
         if part_of:  # as soon as they are there: never all of them twice
             fuse(state, before + part_of)
+        if linear and form and not form.stored and f"{linear}.weight" in state:
+            quantize_in(state, linear, form)
         if report:
-            report(tensor.nbytes)
+            report(stored.nbytes)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
 

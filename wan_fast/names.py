@@ -1,9 +1,9 @@
-"""Tensor names: from those of the Diffusers layout to the native ones, by rules. Standard library only."""
+"""Tensor names: from those of the Diffusers layout and of GGUF to the native ones, by rules. Standard library only."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 # pattern -> replacement, as re.sub takes it; None drops the tensor
@@ -78,6 +78,27 @@ TEXT_NAMES: Rules = {
     r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.": r"blocks.\1.ffn.fc1.",
     r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.": r"blocks.\1.ffn.fc2.",
 }
+GGUF_TEXT_NAMES: Rules = {
+    r"^token_embd\.": "token_embedding.",
+    r"^enc\.output_norm\.": "norm.",
+    r"^enc\.blk\.(\d+)\.": r"blocks.\1.",
+    r"\.attn_([qkvo])\.": r".attn.\1.",
+    r"\.attn_rel_b\.": ".pos_embedding.embedding.",
+    r"\.attn_norm\.": ".norm1.",
+    r"\.ffn_norm\.": ".norm2.",
+    r"\.ffn_gate\.": ".ffn.gate.0.",
+    r"\.ffn_up\.": ".ffn.fc1.",
+    r"\.ffn_down\.": ".ffn.fc2.",
+}
+
+
+def rules_for(stored: Collection[str]) -> Rules:
+    """The rules by which a transformer's or a text encoder's tensors are renamed, told from their names."""
+    if any(".attn1." in name for name in stored):
+        return DIT_NAMES
+    if any(name.startswith("encoder.block.") for name in stored):
+        return TEXT_NAMES
+    return GGUF_TEXT_NAMES if any(name.startswith("enc.blk.") for name in stored) else {}
 
 
 def native_name(stored: str, names: Rules) -> str | None:

@@ -7,19 +7,20 @@ device. The engine only executes it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import floor, prod, sqrt
 from pathlib import Path
 from typing import Any
 
 from wan_fast import checkpoint as checkpoints
-from wan_fast import manifest
+from wan_fast import manifest, schemes
 from wan_fast.checkpoint import Checkpoint
 from wan_fast.config import EngineConfig, Request, Resolved, WanFastError, resolve
 from wan_fast.device import Device, describe
 from wan_fast.headers import read_safetensors_header
+from wan_fast.schemes import Form
 from wan_fast.steps import Step, step_plan
 from wan_fast.tasks import PATCH, TILE_HALO, TaskSpec
 from wan_fast.video import image_size
@@ -70,6 +71,7 @@ class Plan:
     device: Device
     dtype: str
     vae_dtype: str
+    linears: str
     checkpoint: Checkpoint | None
     latent_shape: tuple[int, int, int, int]
     tokens: int
@@ -77,13 +79,18 @@ class Plan:
     memory: MemoryPlan
     kernels: tuple[KernelChoice, ...]
     flops: Mapping[str, float]
+    flops_8bit: Mapping[str, float]
     warnings: tuple[str, ...]
 
     @property
     def seconds_at_least(self) -> float | None:
         """The device's roofline: no run is faster. None where the device's peak is not known."""
         peak = self.device.peak_tflops
-        return sum(self.flops.values()) / (peak * 1e12) if peak else None
+        if peak is None:
+            return None
+        wide = sum(self.flops.values()) - sum(self.flops_8bit.values())
+        narrow = sum(count / (self.device.peak_tops(name) or peak) for name, count in self.flops_8bit.items())
+        return (wide / peak + narrow) / 1e12
 
     def to_dict(self) -> dict[str, Any]:
         request, config = dataclasses.asdict(self.request), dataclasses.asdict(self.config)
@@ -95,12 +102,14 @@ class Plan:
             "device": dataclasses.asdict(self.device),
             "dtype": self.dtype,
             "vae_dtype": self.vae_dtype,
+            "linears": self.linears,
             "latent_shape": self.latent_shape,
             "tokens": self.tokens,
             "steps": [dataclasses.asdict(step) for step in self.steps],
             "memory": {f.name: _plain(getattr(self.memory, f.name)) for f in dataclasses.fields(self.memory)},
             "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels],
             "flops": dict(self.flops),
+            "flops_8bit": dict(self.flops_8bit),
             "seconds_at_least": self.seconds_at_least,
             "warnings": list(self.warnings),
         }
@@ -115,6 +124,10 @@ class Setup:
     vae_dtype: str
     kernels: tuple[KernelChoice, ...]
     checkpoint: Checkpoint | None
+    forms: Mapping[str, Mapping[str, Form]] = field(default_factory=dict)
+    """Of each expert's linears that compute in 8 bits."""
+    linears: str = ""
+    """The same in words, and why."""
 
 
 def set_up(config: EngineConfig) -> Setup:
@@ -131,8 +144,18 @@ def set_up(config: EngineConfig) -> Setup:
     dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
     vae_dtype = config.vae_dtype if config.vae_dtype != "auto" else "fp32" if device.type == "cpu" else dtype
     # last: on a GPU it has to import torch
-    kernels = kernel_plan(config, device, dtype)
-    return Setup(device=device, dtype=dtype, vae_dtype=vae_dtype, kernels=kernels, checkpoint=opened)
+    forms, linears = _forms(config, device, dtype, opened)
+    narrow = sorted({form.precision for by_linear in forms.values() for form in by_linear.values()})
+    kernels = kernel_plan(config, device, dtype, narrow, linears)
+    return Setup(
+        device=device,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+        kernels=kernels,
+        checkpoint=opened,
+        forms=forms,
+        linears=linears,
+    )
 
 
 def plan(config: EngineConfig, request: Request, setup: Setup | None = None) -> Plan:
@@ -182,6 +205,7 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None) -> 
         device=setup.device,
         dtype=setup.dtype,
         vae_dtype=setup.vae_dtype,
+        linears=setup.linears,
         checkpoint=opened,
         latent_shape=latent_shape,
         tokens=tokens,
@@ -189,6 +213,7 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None) -> 
         memory=memory,
         kernels=setup.kernels,
         flops=flops,
+        flops_8bit=_flops_8bit(models, setup.forms, steps, tokens),
         warnings=tuple(warnings),
     )
 
@@ -243,8 +268,7 @@ def _memory_plan(
     weights = {"text encoder": size * manifest.num_parameters(models.text)}
     for name, dims in models.experts.items():
         label = "DiT" if name == "model" else f"DiT {name}"
-        shapes = manifest.dit_shapes(dims).items()
-        weights[label] = sum(prod(s) * (4 if manifest.stays_fp32(n) else size) for n, s in shapes)
+        weights[label] = _dit_bytes(dims, setup.forms.get(name, {}), size)
     vae_size = 4 if setup.vae_dtype == "fp32" else 2
     weights["VAE"] = vae_size * manifest.num_parameters(manifest.vae_shapes(models.vae))
     if config.t5_cpu and device.type != "cpu":
@@ -255,7 +279,7 @@ def _memory_plan(
     at_work = {"text": ["text encoder"], "denoise": dits, "decode": ["VAE"]}
     working = {
         "text": _text_bytes(models.text, size),
-        "denoise": _denoise_bytes(models.experts, latent_shape, size, fused),
+        "denoise": _denoise_bytes(models.experts, latent_shape, size, fused, setup.forms),
     }
     if request.image is not None:
         at_work["encode"] = ["VAE"]
@@ -313,23 +337,40 @@ def _text_bytes(text: manifest.Shapes, size: int) -> int:
     return 512 * (3 * 4 * heads * 512 + size * 4 * ffn_dim + 4 * 4 * dim)
 
 
-def _denoise_bytes(experts: Mapping[str, manifest.DiTDims], latent_shape: tuple[int, ...], size: int, fused: bool) -> int:
+def _denoise_bytes(
+    experts: Mapping[str, manifest.DiTDims],
+    latent_shape: tuple[int, ...],
+    size: int,
+    fused: bool,
+    forms: Mapping[str, Mapping[str, Form]],
+) -> int:
     """Peak working bytes of a step: the residual stream, the larger of attention and feed-forward, text keys and values.
 
     `fused`: with kernels; the references hold fp32 copies of q or k, and the turn of every token, beside them.
     """
     L = prod(latent_shape[1:]) // prod(PATCH)
     largest = 0
-    for dims in experts.values():
+    for name, dims in experts.items():
         D, F, S = dims.dim, dims.ffn_dim, dims.text_len
         # the normed stream, q, k and v, what attention returns and its projection
         attention = L * D * 6 * size if fused else L * D * (5 * size + 12) + L * dims.head_dim * 4
         # what the block was given is held by its caller
         feed_forward = L * (3 * D * size + F * size)
+        down = forms.get(name, {}).get(f"blocks.{dims.num_layers // 2}.ffn.2")
+        if down:
+            # GELU makes another hidden layer, in 8 bits; it follows in the same pass where no scale is of the whole row. The
+            # references hold two in fp32 between
+            before = 0 if down.input != "row" and fused else size if fused else size + 8
+            feed_forward = max(L * (2 * D + int(F * (before + 1.04))), feed_forward if _some_whole(forms[name], dims) else 0)
         text = 2 * len(experts) * dims.num_layers * 2 * S * D * size
         largest = max(largest, L * D * 4 + max(attention, feed_forward) + text)
     # latents, two velocities, the solver's three, and tokens of the head
     return largest + 10 * 4 * prod(latent_shape)
+
+
+def _some_whole(forms: Mapping[str, Form], dims: manifest.DiTDims) -> bool:
+    """Whether the feed-forward of a block is not in 8 bits."""
+    return any(f"blocks.{i}.ffn.2" not in forms for i in range(dims.num_layers))
 
 
 def _decode_bytes(
@@ -401,19 +442,62 @@ def _check_noise(file: Path, latent_shape: tuple[int, ...]) -> None:
         )
 
 
+def _dit_bytes(dims: manifest.DiTDims, forms: Mapping[str, Form], size: int) -> int:
+    """Bytes of a DiT's weights, `size` to an element of the compute dtype."""
+    total = 0
+    for name, shape in manifest.dit_shapes(dims).items():
+        form = forms.get(schemes.linear_of(name) or "")
+        if form:
+            total += prod(shape) + schemes.scale_bytes(shape, form)
+        else:
+            total += prod(shape) * (4 if manifest.stays_fp32(name) else size)
+    return total
+
+
 # those of wan_fast.kernels, which only a GPU's plan imports
 FUSED = (
     *("adaln_modulate", "causal_conv3d", "causal_conv3d_add", "frames_to_uint8", "gated_residual_adaln", "gelu_tanh"),
     *("guidance_step", "patchify", "qk_norm_rope", "rms_norm_silu", "rms_norm_silu_", "unpatchify"),
 )
+# those of linears in 8 bits
+FUSED_8BIT = (
+    *("adaln_modulate_quantized", "gated_residual_adaln_quantized", "gelu_tanh_quantized", "gemm_8bit", "gemm_8bit_add"),
+    *("gemm_8bit_gelu", "quantize_rows"),
+)
 
 
-def kernel_plan(config: EngineConfig, device: Device, dtype: str) -> tuple[KernelChoice, ...]:
-    """The backend of every operation; attention first."""
+def _forms(
+    config: EngineConfig, device: Device, dtype: str, opened: Checkpoint | None
+) -> tuple[dict[str, dict[str, Form]], str]:
+    """Which linears of each expert compute in 8 bits, and that in words."""
+    parts = dict(opened.experts) if opened else dict.fromkeys(config.spec.experts)
+    forms, said = {}, {}
+    for name, part in parts.items():
+        dims = manifest.DiTDims.of_shapes(part.shapes, part.config) if part else manifest.DiTDims.of_task(config.spec)
+        forms[name], why = schemes.settle(
+            config.precision,
+            config.scaling,
+            config.keep_blocks,
+            device.capability,
+            part.shapes if part else manifest.dit_shapes(dims),
+            part.stored_8bit if part else {},
+            {weight: {kind: info.shape for kind, info in kinds.items()} for weight, kinds in part.scales.items()}
+            if part
+            else {},
+        )
+        how = schemes.described(forms[name], dims.num_layers) if forms[name] else dtype
+        said[name] = f"{how} ({why})"
+    if len({*said.values()}) == 1:
+        return forms, next(iter(said.values()))
+    return forms, "; ".join(f"{name}: {words}" for name, words in said.items())
+
+
+def kernel_plan(config: EngineConfig, device: Device, dtype: str, narrow: Sequence[str], why: str) -> tuple[KernelChoice, ...]:
+    """The backend of every operation; attention first. `narrow`: the precisions in 8 bits that linears have, and `why`."""
     return (
         _attention(config.attention, device, dtype),
-        KernelChoice(op="linear", backend=f"torch {dtype}", why="the only one in this version"),
-        *(_fused(op, config.kernels, device) for op in FUSED),
+        KernelChoice(op="linear", backend=" and ".join([*narrow, f"torch {dtype}"]), why=why),
+        *(_fused(op, config.kernels, device) for op in (*FUSED, *(FUSED_8BIT if narrow else ()))),
     )
 
 
@@ -465,6 +549,25 @@ def _flops(
     }
     if request.image is not None:
         flops["encode"] = manifest.vae_flops(models.vae, "encoder", 1, h, w)
+    return flops
+
+
+def _flops_8bit(
+    models: _Models, forms: Mapping[str, Mapping[str, Form]], steps: tuple[Step, ...], tokens: int
+) -> dict[str, float]:
+    """Of the FLOPs of all steps those in 8 bits, by precision."""
+    flops: dict[str, float] = {}
+    for step in steps:
+        shapes = manifest.dit_shapes(models.experts[step.expert])
+        per_forward: dict[str, float] = {}
+        for name, shape in shapes.items():
+            linear = schemes.linear_of(name) or ""
+            form = forms.get(step.expert, {}).get(linear)
+            if form and not linear.endswith(("cross_attn.k", "cross_attn.v")):  # those are computed once
+                per_forward[form.precision] = per_forward.get(form.precision, 0) + 2.0 * tokens * prod(shape)
+        for precision, count in per_forward.items():
+            times = (step.conditional == "run") + (step.unconditional == "run")
+            flops[precision] = flops.get(precision, 0) + times * count
     return flops
 
 

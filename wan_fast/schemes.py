@@ -1,0 +1,204 @@
+"""Which linears of a DiT compute in 8 bits, and how: decided from file headers and the options. Standard library only.
+
+Those inside the blocks do: the joint q, k and v, self-attention's output, cross-attention's four, the feed-forward's two.
+Embeddings, head, time embedding, norms and modulation stay as they are, and so may whole blocks at both ends.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from wan_fast.config import WanFastError
+from wan_fast.dialects import granularity
+from wan_fast.manifest import Shapes
+
+GROUP = 128
+_LINEAR = re.compile(r"(blocks\.(\d+)\.(?:self_attn\.(?:qkv|[qkvo])|cross_attn\.[qkvo]|ffn\.[02]))\.weight")
+NAMES = {"fp8": "FP8 e4m3", "int8": "INT8"}
+SCALINGS = {
+    "row": "a scale per token and per output channel",
+    "tensor": "a calibrated scale for all tokens, one per output channel",
+    "block": "a scale per 128 values of a token and per 128 x 128 of the weight",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How one linear computes.
+
+    precision: "fp8" or "int8". weight: scales per output channel, "row", or per 128 x 128, "block". input: scales of the
+    tokens, one each, "row", per 128 values, "block", or one calibrated, "tensor". smooth: a vector multiplies them first.
+    stored: the weight lies in 8 bits in the checkpoint; else it is quantised as it is loaded.
+    """
+
+    precision: str
+    weight: str = "row"
+    input: str = "row"
+    smooth: bool = False
+    stored: bool = False
+
+    @property
+    def scaling(self) -> str:
+        return "tensor" if self.input == "tensor" else self.weight
+
+
+def linear_of(name: str) -> str | None:
+    """The linear, as the model has it, that a weight of that native name belongs to: q, k and v are one."""
+    match = _LINEAR.fullmatch(name)
+    return None if match is None else re.sub(r"self_attn\.[qkv]$", "self_attn.qkv", match[1])
+
+
+def default_keep(num_layers: int) -> int:
+    """Blocks at either end that are not quantised: 3 of 40, as published for Wan's 14B models, in proportion for others.
+
+    Measured on `tiny` (bench/results): see README of the results.
+    """
+    return round(3 * num_layers / 40)
+
+
+def kept(num_layers: int, keep: int) -> list[int]:
+    """The blocks that are not quantised, `keep` at either end."""
+    return sorted({*range(min(keep, num_layers)), *range(max(num_layers - keep, 0), num_layers)})
+
+
+def quantized_at_load(shapes: Shapes, precision: str, scaling: str, keep: int) -> dict[str, Form]:
+    """Linear -> form, for a checkpoint whose weights are not in 8 bits."""
+    blocks = {int(match[2]) for name in shapes if (match := _LINEAR.fullmatch(name))}
+    without = set(kept(max(blocks, default=-1) + 1, keep))
+    form = Form(precision, weight=scaling, input=scaling)
+    linears = ((linear_of(name), int(match[2])) for name in shapes if (match := _LINEAR.fullmatch(name)))
+    return {linear: form for linear, block in linears if linear and block not in without}
+
+
+def as_stored(
+    shapes: Shapes, precisions: Mapping[str, str], scales: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> dict[str, Form]:
+    """Linear -> form, for the weights that lie in 8 bits.
+
+    Args:
+        shapes: native name -> shape.
+        precisions: native weight name -> "fp8" or "int8".
+        scales: native weight name -> the shapes of its "weight_scale", "input_scale" and "pre_quant_scale".
+    """
+    members: dict[str, set[Form | None]] = {}
+    for name, shape in shapes.items():
+        if linear := linear_of(name):
+            members.setdefault(linear, set()).add(_stored(shape, precisions.get(name), scales.get(name, {}), linear))
+    # a joint linear whose parts lie in different forms has none
+    return {linear: form for linear, forms in members.items() if len(forms) == 1 and (form := next(iter(forms)))}
+
+
+def _stored(shape: tuple[int, ...], precision: str | None, scales: Mapping[str, tuple[int, ...]], linear: str) -> Form | None:
+    if precision is None:
+        return None
+    blocks = "weight_scale" in scales and granularity(scales["weight_scale"], shape) == "block"
+    if blocks and linear.endswith("qkv") and shape[0] % GROUP:
+        return None  # blocks of q would reach into k
+    # an integer's scale is always that of its token, which needs no calibration
+    fixed = "input_scale" in scales and precision == "fp8" and not blocks
+    given = "tensor" if fixed else "block" if blocks else "row"
+    return Form(precision, "block" if blocks else "row", given, "pre_quant_scale" in scales, stored=True)
+
+
+def scale_bytes(shape: tuple[int, ...], form: Form) -> int:
+    """Bytes of the scales of a weight [N, K]."""
+    N, K = shape
+    return 4 * (ceil(N / GROUP) * ceil(K / GROUP) if form.weight == "block" else N)
+
+
+def described(forms: Mapping[str, Form], num_layers: int) -> str:
+    """In words: how many linears compute in what, and which blocks do not."""
+    kinds = sorted({(form.precision, form.scaling) for form in forms.values()})
+    how = ", ".join(f"{NAMES[precision]}, {SCALINGS[scaling]}" for precision, scaling in kinds)
+    blocks = {int(linear.split(".")[1]) for linear in forms}
+    without = [i for i in range(num_layers) if i not in blocks]
+    return f"{len(forms)} linears of {len(blocks)} blocks: {how}" + (f"; blocks {_ranges(without)} are not" if without else "")
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 7] -> "0-2, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def computes(precision: str, capability: tuple[int, int] | None) -> str:
+    """Why a device cannot compute in `precision`, "" where it can; a capability of None is a CPU's."""
+    if capability is None:
+        return "" if precision == "int8" else "a CPU has no FP8 products"
+    if precision == "fp8" and capability < (8, 9):
+        return f"compute capability {capability[0]}.{capability[1]} has no FP8 products, 8.9 and above have"
+    return "" if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+
+
+def settle(
+    asked: str,
+    scaling: str,
+    keep: int | None,
+    capability: tuple[int, int] | None,
+    shapes: Shapes,
+    precisions: Mapping[str, str],
+    scales: Mapping[str, Mapping[str, tuple[int, ...]]],
+) -> tuple[dict[str, Form], str]:
+    """The forms of a DiT's linears, and why, in a few words.
+
+    Args:
+        asked: "auto", "bf16", "fp8" or "int8"; "auto" is what the checkpoint holds, where the device computes in it.
+        scaling: "auto", "row", "tensor" or "block".
+        keep: blocks at either end that are not to be quantised; None for the rule.
+        capability: of the GPU; None for a CPU.
+        shapes, precisions, scales: as for `as_stored`.
+
+    Raises:
+        WanFastError: what is asked for cannot be, with what to do.
+    """
+    held = sorted({precisions[name] for name in precisions if linear_of(name)})
+    if len(held) > 1:
+        raise WanFastError("the checkpoint has both FP8 and INT8 linears; take one of a single precision")
+    for precision, word in ((asked, "--precision"), *(((held[0], "the checkpoint's"),) if held and asked == "auto" else ())):
+        reason = computes(precision, capability) if precision in NAMES else ""
+        if reason and word == "--precision":
+            other = {"fp8": "int8", "int8": "bf16"}[precision]
+            raise WanFastError(f"--precision {precision}: {reason}; take --precision {other}")
+        if reason:
+            return {}, f"auto: the checkpoint's {NAMES[precision]} is converted as it is loaded, as {reason}"
+    if asked == "bf16" or (asked == "auto" and not held):
+        options = {"--scaling": scaling != "auto", "--keep_blocks": keep is not None}
+        for flag, given in options.items():
+            if given:
+                raise WanFastError(
+                    f"{flag} is for linears in 8 bits, --precision {asked} has none here; add --precision fp8 or int8"
+                )
+        return {}, "asked for" if asked == "bf16" else "auto: as the checkpoint has them"
+    if not held:
+        if scaling == "tensor":
+            raise WanFastError(
+                "--scaling tensor needs calibrated scales, the checkpoint has none; write one with "
+                "wan-fast quantize CKPT OUT --scheme fp8 --calibrate PROMPTS, or take --scaling row"
+            )
+        layers = 1 + max((int(m[2]) for name in shapes if (m := _LINEAR.fullmatch(name))), default=-1)
+        count = default_keep(layers) if keep is None else keep
+        if 2 * count >= layers:
+            raise WanFastError(f"--keep_blocks {count} at either end leaves none of {layers} blocks; take a smaller number")
+        return quantized_at_load(
+            shapes, asked, "row" if scaling == "auto" else scaling, count
+        ), "asked for, quantised as it is loaded"
+    if asked not in ("auto", held[0]):
+        raise WanFastError(
+            f"--precision {asked}: the checkpoint's linears are {NAMES[held[0]]} already; take --precision {held[0]}, or give "
+            "the checkpoint it was made from"
+        )
+    if keep is not None:
+        raise WanFastError("--keep_blocks cannot undo a checkpoint's own quantisation; leave it out")
+    forms = as_stored(shapes, precisions, scales)
+    for form in {*forms.values()}:
+        if scaling not in ("auto", form.scaling):
+            raise WanFastError(f"--scaling {scaling}: the checkpoint has {SCALINGS[form.scaling]}; leave it out")
+    return forms, "as the checkpoint has them"
