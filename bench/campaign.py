@@ -111,7 +111,7 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
     deterministic mode torch.empty gives NaN, or the largest integer.
     """
     import torch
-    from kernel_cases import CASES, REAL_CASES, arguments, in_fp64, run
+    from kernel_cases import CASES, FP8, REAL_CASES, arguments, dtypes_of, in_fp64, run
     from numerics import assert_as_accurate
 
     from bench.results import line
@@ -119,8 +119,13 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
     from wan_fast.kernels import KERNELS, backend
 
     wrong = 0
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
     for case, dtype in product((*CASES, *(REAL_CASES if real else ())), (torch.float32, torch.bfloat16)):
+        if dtype not in getattr(case, "dtypes", (dtype,)):
+            continue
         args, kernel = arguments(case, dtype, device), KERNELS[case.op]
+        if FP8 in dtypes_of(args) and (major, minor) < (8, 9):
+            continue
         exact, expected = run(kernel, kernel.reference, in_fp64(args)), run(kernel, kernel.reference, args)
         ways = {backend(device, case.op): nullcontext()}
         if "cuda" in ways:

@@ -5,7 +5,7 @@ Later work adds rows to `operations.py` and `networks.py`; kernels come by thems
 
 from __future__ import annotations
 
-from bench import networks, operations
+from bench import gemm, networks, operations
 from bench.registry import Case
 
 CASES: tuple[Case, ...] = (
@@ -13,10 +13,13 @@ CASES: tuple[Case, ...] = (
     *networks.GPU_DIT_CASES,
     *networks.GPU_VAE_CASES,
     *operations.ATTENTION_CASES,
-    *operations.GEMM_CASES,
+    *gemm.GPU_PRECISION_CASES[:1],
+    *gemm.GEMM_CASES,
     *operations.CONV_CASES,
     *networks.GPU_14B_CASES,
+    *gemm.GPU_PRECISION_CASES[1:],
     *networks.GPU_RUN_CASES,
     *networks.GPU_COMPILED_CASES,
     *networks.CPU_CASES,
+    *gemm.CPU_PRECISION_CASES,
 )

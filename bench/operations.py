@@ -15,13 +15,12 @@ from torch.nn import functional as F
 from bench.registry import OURS, Build, Case, NotHere, Work
 from bench.tune import without_extension
 from wan_fast.attention import BACKENDS, Backend, sdpa
-from wan_fast.counting import convolving, not_touched
+from wan_fast.counting import convolving, multiplying, not_touched
 from wan_fast.kernels import KERNELS, backend, causal_conv3d, conv_weight
 from wan_fast.kernels.qk_norm_rope import rotation
 from wan_fast.tasks import HEAD_DIM, PATCH, TASKS
 
 E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
 
 # (task, width, height, frames): the videos whose shapes are measured
 VIDEOS = (
@@ -60,7 +59,7 @@ def kernel(case: RealCase, dtype: torch.dtype, device: torch.device) -> Work:
         return call
 
     def compiled() -> Callable[[], Any]:
-        _needs_cuda(device, "the compiled reference is timed")
+        needs_cuda(device, "the compiled reference is timed")
         chain = rope_in_reals(args) if case.op == "qk_norm_rope" else op.reference
         reference = torch.compile(chain, dynamic=False)
         return lambda: reference(*args)
@@ -72,10 +71,10 @@ def kernel(case: RealCase, dtype: torch.dtype, device: torch.device) -> Work:
             "reference": lambda: lambda: op.reference(*args),
             "reference, compiled": compiled,
         },
-        rate="bf16" if dtype == torch.bfloat16 else "fp32",
+        rate=case.products or ("bf16" if dtype == torch.bfloat16 else "fp32"),
         # rounding may differ by one level of 255; what changes in place is not the same after another number of calls
         tolerance=None if op.mutates else 2e-2,
-        flops=convolving(op.op, args),
+        flops=convolving(op.op, args) + multiplying(op.op, args),
         bytes=moved,
     )
 
@@ -95,85 +94,6 @@ def rope_in_reals(args: Sequence[Any]) -> Callable[..., Any]:
         x[:, :, :P] = y
 
     return chain
-
-
-# --- GEMM ---------------------------------------------------------------------------------------------------------------
-
-
-def gemm(M: int, K: int, N: int, device: torch.device) -> Work:
-    """[M, K] x [N, K]^T in bf16 as the engine does it, against 8-bit products; "with scaling" quantises x in the call."""
-    x = torch.randn(M, K, device=device).bfloat16()
-    weight, bias = torch.randn(N, K, device=device).bfloat16() / K**0.5, torch.randn(N, device=device).bfloat16()
-
-    def row_scale(t: Tensor) -> Tensor:
-        return t.abs().amax(1, keepdim=True).float() / E4M3_MAX
-
-    def to_fp8(t: Tensor, scale: Tensor) -> Tensor:
-        return (t.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
-
-    def tensorwise() -> Callable[[], Tensor]:
-        sx, sw = (t.abs().amax().float() / E4M3_MAX for t in (x, weight))
-        x8, w8 = to_fp8(x, sx), to_fp8(weight, sw)
-        return lambda: torch._scaled_mm(x8, w8.t(), sx, sw, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
-
-    def rowwise(fast: bool, scaling: bool) -> Callable[[], Tensor]:
-        sx, sw = row_scale(x), row_scale(weight)
-        x8, w8 = to_fp8(x, sx), to_fp8(weight, sw)
-        if scaling:
-            _needs_cuda(device, "the compiled quantisation is timed")
-        scale = torch.compile(lambda t: (s := row_scale(t), to_fp8(t, s)), dynamic=False)
-
-        def call() -> Tensor:
-            s, q = scale(x) if scaling else (sx, x8)
-            return torch._scaled_mm(q, w8.t(), s, sw.t(), bias=bias, out_dtype=torch.bfloat16, use_fast_accum=fast)
-
-        return call
-
-    def blockwise() -> Callable[[], Tensor]:
-        from torch.nn.functional import ScalingType, scaled_mm
-
-        if K % 128 or N % 128:
-            raise NotHere("blocks of 128 do not divide this shape")
-        sx = x.float().unflatten(1, (-1, 128)).abs().amax(2) / E4M3_MAX  # [M, K/128]
-        sw = weight.float().view(N // 128, 128, K // 128, 128).abs().amax((1, 3)) / E4M3_MAX  # [N/128, K/128]
-        x8 = to_fp8(x, sx.repeat_interleave(128, 1))
-        w8 = to_fp8(weight, sw.repeat_interleave(128, 0).repeat_interleave(128, 1))
-        # cuBLAS wants the scales of one block of K side by side, and rows of four for the weight
-        sx, sw = sx.t().contiguous().t(), F.pad(sw, (0, -sw.shape[1] % 4))
-        kinds = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
-        return lambda: scaled_mm(x8, w8.t(), sx, kinds[0], sw.t(), kinds[1], bias=bias, output_dtype=torch.bfloat16)
-
-    def int8() -> Callable[[], Tensor]:
-        sx, sw = x.abs().amax(1, keepdim=True).float() / 127, weight.abs().amax(1, keepdim=True).float() / 127
-        x8, w8 = (x / sx).round().to(torch.int8), (weight / sw).round().to(torch.int8)
-        scale = sw.t()
-        return lambda: (torch._int_mm(x8, w8.t()) * sx * scale + bias).bfloat16()
-
-    def torchao() -> Callable[[], Tensor]:
-        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-
-        layer = torch.nn.Linear(K, N, device=device, dtype=torch.bfloat16)
-        layer.weight.data, layer.bias.data = weight.clone(), bias
-        quantize_(layer, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
-        compiled = torch.compile(layer, dynamic=False)
-        return lambda: compiled(x)
-
-    fp8: dict[str, Build] = {
-        "fp8 tensorwise": tensorwise,
-        "fp8 rowwise": partial(rowwise, True, False),
-        "fp8 rowwise, slow accumulation": partial(rowwise, False, False),
-        "fp8 rowwise with scaling": partial(rowwise, True, True),
-        "fp8 1x128 and 128x128 blocks, slow accumulation": blockwise,
-        "torchao fp8 rowwise with scaling": torchao,
-    }
-    return Work(
-        arms={OURS: lambda: lambda: F.linear(x, weight, bias), **fp8, "int8 rowwise, unfused epilogue": int8},
-        rate="bf16",
-        rates=dict.fromkeys(fp8, "fp8") | {"int8 rowwise, unfused epilogue": "int8"},
-        tolerance=8e-2,
-        flops=2.0 * M * K * N,
-        bytes=2.0 * (M * K + K * N + M * N),
-    )
 
 
 # --- attention ----------------------------------------------------------------------------------------------------------
@@ -260,19 +180,9 @@ def conv3d(channels: int, frames: int, height: int, width: int, device: torch.de
     )
 
 
-def _needs_cuda(device: torch.device, what: str) -> None:
+def needs_cuda(device: torch.device, what: str) -> None:
     if device.type != "cuda":
         raise NotHere(f"{what} on a GPU only")
-
-
-def _gemm_cases() -> list[Case]:
-    cases = []
-    for task, *video in VIDEOS[:3]:
-        spec, M = TASKS[task], tokens(task, *video)
-        shapes = {"qkvo": (spec.dim, spec.dim), "ffn-up": (spec.dim, spec.ffn_dim), "ffn-down": (spec.ffn_dim, spec.dim)}
-        for layer, (K, N) in shapes.items():
-            cases.append(Case(f"gemm/{task}-{layer}/{M}x{K}x{N}/bf16", "cuda", partial(gemm, M, K, N), 2.0))
-    return cases
 
 
 def _attention_cases() -> list[Case]:
@@ -297,8 +207,8 @@ KERNEL_CASES = tuple(
     Case(f"kernel/{case.op}/{case.id}/{name}", "cuda", partial(kernel, case, dtype), 1.0)
     for case in REAL_CASES
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
+    if dtype in case.dtypes
 )
-GEMM_CASES = tuple(_gemm_cases())
 ATTENTION_CASES = tuple(_attention_cases())
 CONV_CASES = tuple(
     Case(f"conv3d/vae{vae}/{C}x{T}x{H}x{W}/fp32", "cuda", partial(conv3d, C, T, H, W), 1.0) for vae, C, T, H, W in _CONVOLUTIONS

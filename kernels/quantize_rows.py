@@ -53,9 +53,10 @@ def in_8_bits(y, inverse, dtype: tl.constexpr):
     """y inverse, rounded to the nearest even and held within the largest value."""
     q = y * inverse
     if dtype == tl.int8:
+        # no integer is NaN: the scale is, or is infinite, and makes it so again
+        q = tl.where(q == q, q, 0.0)
         # adding 1.5 x 2^23 leaves no room for a fraction
         q = tl.minimum(tl.maximum(q, -127.0), 127.0) + 12582912.0 - 12582912.0
-        q = tl.where(q == q, q, 0.0)  # what a scale of NaN makes NaN again
     else:
         q = tl.where(q == q, tl.minimum(tl.maximum(q, -448.0), 448.0), q)
     return q.to(dtype)
@@ -148,15 +149,32 @@ def empty(like: Tensor, dtype: torch.dtype, groups: bool, fixed: Tensor | None) 
 def rounded(y: Tensor, dtype: torch.dtype, groups: bool, fixed: Tensor | None, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
     """What every quantising form returns for y [..., D] in fp32; of y in fp64 the values are left as they are."""
     D = y.shape[-1]
-    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    if y.device.type == "meta" or not y.numel():
+        return empty(y, dtype, groups, fixed)
+    parts = [
+        _rounded(part.to(torch.promote_types(y.dtype, torch.float32)), dtype, groups, fixed, smooth)
+        for part in y.reshape(-1, D).split(max(_CPU_VALUES // D, 1) if y.device.type == "cpu" else y.numel())
+    ]
+    values, scale = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return values.view(y.shape), scale if fixed is not None else scale.view(*y.shape[:-1], -1)
+
+
+# values at a time that stay in cache from one pass over them to the next
+_CPU_VALUES = 2**18
+
+
+def _rounded(y: Tensor, dtype: torch.dtype, groups: bool, fixed: Tensor | None, smooth: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same for y [rows, D], in fp32 or fp64."""
+    D = y.shape[-1]
     if smooth is not None:
         y = y * smooth
     if fixed is not None:
-        scale, spread = y.new_empty(0, dtype=torch.promote_types(fixed.dtype, torch.float32)), fixed
+        scale, spread = y.new_empty(0, dtype=fixed.dtype), fixed
     else:
         width = GROUP if groups else D
         parts = F.pad(y, (0, -D % width)).unflatten(-1, (-1, width))
-        amax = parts.abs().amax(-1)
+        low, high = parts.aminmax(dim=-1)
+        amax = torch.maximum(-low, high)
         scale = torch.where(amax < _SMALLEST.value, _SMALLEST.value, amax) / LARGEST[dtype]
         spread = scale.repeat_interleave(width, -1)[..., :D] if groups else scale
     q = y * (1 / spread)

@@ -373,6 +373,17 @@ def _rows_of(*shape: int) -> Inputs:
     return lambda dtype: (_with_zeros(_randn(*shape)).to(dtype),)
 
 
+def _with_nan(*shape: int) -> Inputs:
+    """A row with a NaN, one with an infinity, one of zeros."""
+
+    def inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+        x = _randn(*shape)
+        x[0, 1], x[1, 2], x[2] = float("nan"), float("inf"), 0
+        return (x.to(dtype),)
+
+    return inputs
+
+
 def _quantizing_cases() -> list[Case]:
     """Every form, at widths of the models, at those that no group divides, and of one."""
     cases = []
@@ -384,6 +395,7 @@ def _quantizing_cases() -> list[Case]:
 
         add("quantize_rows", "2x3x300", _rows_of(2, 3, 300), *forms)
         add("quantize_rows", "3x13824", _rows_of(3, 13824), "row", "groups")
+        add("quantize_rows", "nan", _with_nan(4, 300), "row", "groups")
         add("quantize_rows", "4x1", _rows_of(4, 1), "row", "groups")
         add("quantize_rows", "0x96", lambda dtype: (torch.empty(0, 96, dtype=dtype),), "row")
         add("adaln_modulate_quantized", "B2-L7-D300-R2-split3", _adaln(2, 7, 300, 2, 3), *forms)
@@ -408,6 +420,7 @@ class Gemm(NamedTuple):
     B: int = 1
     gate: int = 1
     split: int = 0
+    nan: bool = False
 
     @property
     def op(self) -> str:
@@ -427,7 +440,10 @@ class Gemm(NamedTuple):
         b_scale = {"rows": (N,), "blocks": (groups, G)}[self.b]
         a, b = values(make(B, L, K)), values(make(N, K, seed=1))
         scales = (make(*shape, seed=seed).abs().add(0.1) / 500 for shape, seed in ((a_scale, 2), (b_scale, 3)))
-        args = a, next(scales), b, next(scales), make(N, seed=4).to(dtype)
+        of_a, of_b = scales
+        if self.nan:  # as of a token that has one
+            of_a[0, 1] = float("nan")
+        args = a, of_a, b, of_b, make(N, seed=4).to(dtype)
         if not self.then:
             return *args, dtype
         if self.op == "gemm_8bit_gelu":
@@ -443,8 +459,10 @@ _GEMMS = {
     "odd": Gemm(37, 77, 45, B=2),
     "odd-fixed": Gemm(5, 300, 130, a="fixed"),
     "tiles": Gemm(150, 272, 272),
+    "fixed-tiles": Gemm(150, 272, 272, a="fixed"),
     "no-rows": Gemm(0, 32, 32),
     "one-term": Gemm(3, 1, 1),
+    "nan": Gemm(3, 96, 40, nan=True),
     "groups": Gemm(9, 300, 140, a="groups"),
     "groups-blocks": Gemm(9, 400, 300, a="groups", b="blocks"),
     "row-blocks": Gemm(9, 304, 140, b="blocks"),
@@ -474,8 +492,11 @@ def arguments(case: Case | RealCase, dtype: torch.dtype, device: str | torch.dev
     def move(value: object) -> object:
         if not isinstance(value, Tensor):
             return value
+        if value.is_meta and value.dtype in (FP8, INT8):
+            return torch.randn(value.shape, device=device).mul_(40).clamp_(-127, 127).round_().to(value.dtype)
         if value.is_meta:
-            return torch.empty_like(value, device=device).normal_()
+            # a scale of all values
+            return torch.empty_like(value, device=device).normal_() if value.ndim else torch.tensor(0.02, device=device)
         buffer = value.as_strided((value.untyped_storage().nbytes() // value.itemsize,), (1,), 0)
         return buffer.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
 
@@ -500,6 +521,11 @@ def dequantized(values: Tensor, scale: Tensor) -> Tensor:
     if scale.ndim and scale.shape[-1] > 1:
         scale = scale.repeat_interleave(128, -1)[..., :D]
     return values.to(scale.dtype) * scale
+
+
+def dtypes_of(args: tuple[Any, ...]) -> set[Any]:
+    """Those of its tensors and those it names."""
+    return {a.dtype if isinstance(a, Tensor) else a for a in args if isinstance(a, (Tensor, torch.dtype))}
 
 
 def in_fp64(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -48,7 +48,9 @@ def test_kernels_compile_within_budget(capability: int, rows: list[dict[str, Any
     assert len({row["case"] for row in rows}) == sum(len(case.dtypes) for case in REAL_CASES if capability >= case.since)
     for row in rows:
         where = row["case"]
-        assert kind_of(row["kernel"]) in ("wan_fast kernel", "convolution", "matrix product"), f"a profile would not know {row['kernel']}"
+        assert kind_of(row["kernel"]) in ("wan_fast kernel", "convolution", "matrix product"), (
+            f"a profile would not know {row['kernel']}"
+        )
         assert row["reg"] <= row["budget"], f"{where}: {row['reg']} registers, budget {row['budget']}"
         spills = {name for name in ("LDL", "STL") if name in row["sass"]}
         assert row["stack"] == row["local"] == 0 and not spills, f"{where} spills: {row}"
@@ -66,7 +68,9 @@ def test_products_run_on_tensor_cores(capability: int, rows: list[dict[str, Any]
             meant = "IMMA"  # before Triton 3.9
         assert row["sass"].get(meant), f"{row['case']}: no {meant}, but {sorted(n for n in row['sass'] if 'MMA' in n)}"
         if row["kernel"] == "_gemm_8bit_kernel":
-            assert bool(row["sass"].get("UTMALDG")) is (capability >= 90), f"{row['case']}: tiles through descriptors from 9.0 on"
+            assert bool(row["sass"].get("UTMALDG")) is (capability >= 90), (
+                f"{row['case']}: tiles through descriptors from 9.0 on"
+            )
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

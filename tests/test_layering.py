@@ -24,7 +24,7 @@ LEVELS: list[set[str]] = [
     {"conditioning", "planning", "sampler", "solver"},
     {"graphs", "engine"},
     {"__init__"},
-    {"counting", "doctor", "server"},
+    {"counting", "doctor", "export", "server"},
     {"profiling"},
     {"cli"},
     {"__main__"},

@@ -19,7 +19,7 @@ from wan_fast.kernels import KERNELS
 from wan_fast.manifest import DiTDims, VaeDims, dit_shapes, stays_fp32
 from wan_fast.planning import FUSED, FUSED_8BIT, plan
 from wan_fast.quantize import QuantizedLinear, swap
-from wan_fast.schemes import quantized_at_load
+from wan_fast.schemes import linear_of, quantized_at_load
 from wan_fast.tasks import TASKS, VAES
 from wan_fast.vae import WanVAE, windows
 
@@ -62,6 +62,22 @@ def test_offload_only_where_it_must(gpu):
     assert plan(replace(FIVE, vram=24 * GIB), CAT).memory.offload
     assert not plan(replace(FIVE, offload_model=False), CAT).memory.offload
     assert plan(replace(FIVE, offload_model=True), CAT).memory.offload
+
+
+def test_linears_in_8_bits_take_less_memory_and_time(gpu):
+    gpu(80)
+    plain, narrow = (plan(replace(FIVE, precision=precision), CAT) for precision in ("auto", "fp8"))
+    dims = DiTDims.of_task(TASKS["ti2v-5B"])
+    shapes = dit_shapes(dims)
+    held = {n: s for n, s in shapes.items() if linear_of(n) and 2 <= int(n.split(".")[1]) < 28}
+    saved = sum(prod(s) - 4 * s[0] for s in held.values())
+    assert plain.memory.weights["DiT"] - narrow.memory.weights["DiT"] == saved
+    assert narrow.flops == plain.flops and sum(plain.flops_8bit.values()) == 0
+    # they run at twice the rate
+    faster = plain.seconds_at_least - narrow.seconds_at_least
+    assert faster == pytest.approx(narrow.flops_8bit["fp8"] / 2 / (narrow.device.peak_tflops * 1e12))
+    assert "blocks 0-1, 28-29 are not" in narrow.linears
+    assert {k.op for k in narrow.kernels} - {k.op for k in plain.kernels} == {*FUSED_8BIT}
 
 
 def test_refuses_with_numbers_and_ways_out(gpu):

@@ -1,10 +1,11 @@
-"""The command line: run, plan, doctor, inspect. What is wrong is said in one line on standard error, with exit status 2."""
+"""The command line. What is wrong is said in one line on standard error, with exit status 2."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 _COMMANDS = {
     "run": "make one video (or picture) and write it",
     "plan": "say what run would do, with the same flags, and do nothing",
+    "quantize": "write a checkpoint with its linears in 8 bits, which run loads back",
     "doctor": "say what this machine has, and what each operation would use",
     "inspect": "say what a checkpoint is, and what it lacks",
 }
@@ -57,7 +59,7 @@ _COMMANDS = {
 
 def _command(words: list[str]) -> Callable[[Sequence[str]], int]:
     """The function of the command named first; without one, the help."""
-    commands = {"run": _run, "plan": _plan, "doctor": _doctor, "inspect": _inspect}
+    commands = {"run": _run, "plan": _plan, "quantize": _quantize, "doctor": _doctor, "inspect": _inspect}
     if words and words[0] in commands:
         return commands[words[0]]
     if words and not words[0].startswith("-"):
@@ -313,10 +315,32 @@ class _Bars:
             from tqdm import tqdm
 
             self.__exit__()
-            unit = {"load": "B", "denoise": "step", "decode": "frame"}.get(stage, "it")
+            unit = {"load": "B", "quantize": "B", "denoise": "step", "calibrate": "step", "decode": "frame"}.get(stage, "it")
             self.bar = tqdm(total=total, desc=f"{stage:8s}", unit=unit, unit_scale=unit == "B", dynamic_ncols=True)
             self.stage = stage
         self.bar.update(done - self.bar.n)
+
+
+# --- quantize ---------------------------------------------------------------------------------------------------------
+
+
+def _quantize(words: Sequence[str]) -> int:
+    from wan_fast.export import Recipe, write_quantized
+
+    parser = _parser("quantize", "Example: wan-fast quantize Wan2.2-TI2V-5B Wan2.2-TI2V-5B-fp8 --scheme fp8")
+    parser.add_argument("checkpoint", metavar="CKPT", help="folder, hub id in the local cache, or tiny")
+    parser.add_argument("out", metavar="OUT", help="folder to write, empty or not there yet")
+    add_options(parser, Recipe)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parsed = parser.parse_args(words)
+    recipe = build(Recipe, parsed)
+    with _Bars(parsed.quiet) as bars:
+        written = write_quantized(parsed.checkpoint, parsed.out, recipe, on_progress=bars)
+    print(f"linears     {written.linears}; all else is as it was")
+    print(f"size        {_size(written.bytes_before)} before, {_size(written.bytes_after)} now")
+    print(f'next        wan-fast run --task {written.task} --ckpt_dir {shlex.quote(str(written.path))} --prompt "..."')
+    print(written.path)
+    return 0
 
 
 # --- doctor and inspect -------------------------------------------------------------------------------------------------
@@ -365,3 +389,7 @@ def _inspect(words: Sequence[str]) -> int:
 
 def _gib(count: float) -> str:
     return f"{count / 2**30:.2f} GiB"
+
+
+def _size(count: float) -> str:
+    return _gib(count) if count >= 2**30 else f"{count / 2**20:.1f} MiB"

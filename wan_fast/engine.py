@@ -362,7 +362,7 @@ def load_model(
         if linear and form and not form.stored and f"{linear}.weight" in state:
             quantize_in(state, linear, form)
         if report:
-            report(stored.nbytes)
+            report(part.tensors[name].num_bytes)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
 

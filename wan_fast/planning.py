@@ -526,6 +526,8 @@ def _fused(op: str, asked: str, device: Device) -> KernelChoice:
     from wan_fast.kernels import KERNELS, backend, why_no_extension
 
     chosen = backend(device.name, op)
+    if op == "gemm_8bit" and device.capability and device.capability >= (10, 0):
+        return KernelChoice(op=op, backend=chosen, why="auto: FP8 with scales per row by cuBLASLt, whose sums are fp32 here")
     if not KERNELS[op].has_cuda:
         why = "auto: it exists in Triton alone"
     elif chosen == "cuda":
