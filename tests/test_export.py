@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from wan_fast import Engine, EngineConfig, Request, WanFastError, export, plan
 from wan_fast.checkpoint import describe, locate, open_checkpoint, read_tensors
 from wan_fast.cli import main
-from wan_fast.export import Recipe, write_quantized
+from wan_fast.export import Measured, Recipe, write_quantized
 from wan_fast.kernels import quantize_rows
 from wan_fast.names import DIT_NAMES, native_name
 from wan_fast.quantize import quantize_weight
@@ -54,6 +54,11 @@ def layers_of(folder):
             module = name.removesuffix(".weight")
             modules[native] = module, {n[len(module) + 1 :]: t for n, t in state.items() if n.startswith(module + ".")}
     return modules
+
+
+def joint_of(native):
+    """The linear, as the model has it, of a native weight name."""
+    return re.sub(r"self_attn\.[qkv]$", "self_attn.qkv", native.removesuffix(".weight"))
 
 
 @pytest.fixture(scope="module")
@@ -211,13 +216,18 @@ def test_shards(int8, tmp_path, monkeypatch):
     assert torch.equal(latents(tmp_path / "out"), latents(int8.path))
 
 
-def test_the_weights_come_one_after_the_other():
-    part = open_checkpoint(TINY).experts["model"]
-    read = []
-    groups = export._tensors(part, {}, {}, read.append)
-    next(groups)
-    next(groups)
-    assert len(read) == 1
+def test_the_weights_come_one_after_the_other(monkeypatch):
+    """None is read before the one before it has been taken."""
+    part, read = open_checkpoint(TINY).experts["model"], []
+
+    def watched(part):
+        for name, tensor in read_tensors(part):
+            read.append(name)
+            yield name, tensor
+
+    monkeypatch.setattr(export, "read_tensors", watched)
+    for taken, _ in enumerate(export._tensors(part, {}, {}, lambda count: None), 1):
+        assert len(read) == taken
 
 
 def test_gguf(tmp_path):
@@ -380,7 +390,54 @@ def test_half_way_leaves_nothing(error, existing, tmp_path):
     assert list(tmp_path.rglob("*")) == [tmp_path / "out"] * existing
 
 
-# --- calibration: with NVIDIA ModelOpt, which is not installed everywhere -----------------------------------------------------
+# --- calibration: what is made of the measurements ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaling", ["row", "tensor", "block"])
+def test_what_was_measured_is_written(scaling, a14b, tmp_path, monkeypatch):
+    """Beside each weight, of q, k and v that of the joint linear; weights are divided by what the tokens are multiplied by."""
+    made = {}
+
+    def measure(config, requests, forms, recipe, report):
+        assert (config.task, config.precision, len(requests)) == ("t2v-A14B", "bf16", 2)
+        generator = torch.Generator().manual_seed(0)
+        for expert, linears in forms.items():
+            made[expert] = {}
+            for linear, form in linears.items():
+                width = 320 if linear.endswith("ffn.2") else 256
+                smooth, scale = torch.rand(width, generator=generator) + 0.1, torch.rand((), generator=generator) + 1
+                made[expert][linear] = Measured(scale if form.input == "tensor" else None, smooth)
+        return made
+
+    monkeypatch.setattr(export, "_measure", measure)
+    monkeypatch.setattr(export, "find_spec", lambda name: True)
+    recipe = Recipe(scheme="fp8", scaling=scaling, keep_blocks=0, smooth=True, calibrate=prompts(tmp_path))
+    write_quantized(str(a14b), tmp_path / "out", recipe)
+    for expert in ("high_noise", "low_noise"):
+        before = load_file(a14b / f"{expert}_model" / DIT)
+        for native, (module, tensors) in layers_of(tmp_path / "out" / f"{expert}_model").items():
+            known = made[expert][joint_of(native)]
+            weight = before[f"{module}.weight"].float() / known.smooth
+            values, scale = quantize_weight(weight, Form("fp8", weight="block" if scaling == "block" else "row"))
+            assert torch.equal(tensors["weight"], values) and torch.equal(tensors["weight_scale"], scale)
+            assert torch.equal(tensors["pre_quant_scale"], known.smooth)
+            assert ("input_scale" in tensors) is (scaling == "tensor")
+            assert scaling != "tensor" or torch.equal(tensors["input_scale"], known.input_scale)
+
+
+def test_what_is_made_of_a_measurement():
+    form = Form("fp8", input="tensor", smooth=True)
+    made = export._measured(torch.tensor([1.0, 100.0, 2.0, 0.0, 4.0]), torch.tensor([0.5, 0.01, 0.25, 1e4, 0.125]), form)
+    assert made.smooth.tolist() == [0.25, pytest.approx(0.01), 0.25, 0.25, 0.125]  # none above the middle one
+    assert made.input_scale.tolist() == pytest.approx(1 / 448)
+    made = export._measured(torch.tensor([56.0]), None, Form("fp8", input="tensor"))
+    assert made.smooth is None and made.input_scale.shape == () and made.input_scale == 0.125
+    # tokens that were all zero still have a scale
+    assert export._measured(torch.zeros(1), None, form).input_scale > 0
+    assert export._measured(torch.ones(2), torch.ones(2), Form("int8", smooth=True)).input_scale is None
+
+
+# --- calibration: with NVIDIA ModelOpt, which is not installed everywhere -------------------------------------------------
 
 
 @pytest.fixture
@@ -432,7 +489,7 @@ def test_a_scale_for_all_tokens(modelopt, tmp_path, capsys):
     layers = {name: found for name, found in layers_of(tmp_path / "out" / "transformer").items() if "0" < name[7] < "5"}
     assert len(layers) == 40
     for native, (module, tensors) in layers.items():
-        joint = re.sub("self_attn.[qkv]$", "self_attn.qkv", native.removesuffix(".weight"))
+        joint = joint_of(native)
         scale = tensors["input_scale"]
         assert scale.shape == () and scale.dtype == torch.float32 and scale > 0
         torch.testing.assert_close(scale, largest["model", joint].max() / 448, rtol=1e-6, atol=0)
@@ -458,7 +515,7 @@ def test_smoothing(scheme, modelopt, tmp_path):
     packed = dict(read_tensors(open_checkpoint(tmp_path / "out").experts["model"]))
     joint_smooth = {}
     for native, (_, tensors) in layers_of(tmp_path / "out" / "transformer").items():
-        joint = re.sub("self_attn.[qkv]$", "self_attn.qkv", native.removesuffix(".weight"))
+        joint = joint_of(native)
         weight, smooth, seen = before[native][1]["weight"].float(), tensors["pre_quant_scale"], largest["model", joint]
         assert smooth.shape == weight.shape[1:] and smooth.dtype == torch.float32 and (smooth > 0).all()
         assert torch.equal(joint_smooth.setdefault(joint, smooth), smooth)
@@ -521,7 +578,7 @@ def test_both_experts_are_calibrated(modelopt, tmp_path):
         layers = layers_of(tmp_path / "out" / f"{expert}_model")
         assert len(layers) == 20
         for native, (_, tensors) in layers.items():
-            joint = re.sub("self_attn.[qkv]$", "self_attn.qkv", native.removesuffix(".weight"))
+            joint = joint_of(native)
             torch.testing.assert_close(tensors["input_scale"], largest[expert, joint].max() / 448, rtol=1e-6, atol=0)
 
 

@@ -80,6 +80,15 @@ def test_linears_in_8_bits_take_less_memory_and_time(gpu):
     assert {k.op for k in narrow.kernels} - {k.op for k in plain.kernels} == {*FUSED_8BIT}
 
 
+@pytest.mark.parametrize(
+    ("model", "fp8", "int8"),
+    [("NVIDIA H200", 2 * 989, 2 * 989), ("NVIDIA GeForce RTX 4090", 2 * 165, 4 * 165), ("NVIDIA No Such", None, None)],
+)
+def test_peaks_in_8_bits_are_those_of_the_data_sheets(model, fp8, int8):
+    device = Device(name="cuda:0", model=model, memory=0, free=0)
+    assert (device.peak_tops("fp8"), device.peak_tops("int8")) == (fp8, int8)
+
+
 def test_refuses_with_numbers_and_ways_out(gpu):
     gpu(8)
     with pytest.raises(WanFastError, match=r"stage denoise needs [\d.]+ GiB .* budget is 8.00 GiB; take a smaller --size"):

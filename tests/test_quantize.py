@@ -213,6 +213,13 @@ def test_joint_linears_are_stored_only_where_all_parts_are_alike():
     assert as_stored(shapes, dict.fromkeys(rows, "int8"), fixed)["blocks.0.self_attn.qkv"].input == "row"
 
 
+def test_blocks_of_a_joint_linear_must_not_reach_from_q_into_k():
+    for dim, forms in ((256, {"blocks.0.self_attn.qkv": Form("fp8", "block", "block", stored=True)}), (320, {})):
+        shapes = {f"blocks.0.self_attn.{part}.weight": (dim, dim) for part in "qkv"}
+        scales = {name: {"weight_scale": (-(-dim // 128), -(-dim // 128))} for name in shapes}
+        assert as_stored(shapes, dict.fromkeys(shapes, "fp8"), scales) == forms
+
+
 def test_options_are_checked_at_the_door():
     for wrong in (
         {"precision": "fp4"},
