@@ -178,11 +178,9 @@ def find_shares(device: torch.device, results: Results) -> None:
 
 
 def find_tiles(case: Any, device: torch.device, results: Results) -> None:
-    import torch
-
     from bench.tune import sweep
 
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in reversed(case.dtypes):
         found = sweep(case, dtype, device)
         results.put("tiles", f"{case.op}/{case.id}/{str(dtype).removeprefix('torch.')}", found)
 

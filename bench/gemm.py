@@ -252,7 +252,7 @@ def _gemm_cases() -> list[Case]:
             cases.append(Case(f"gemm/{task}-{layer}/{M}x{K}x{N}/bf16", "cuda", partial(gemm, M, K, N), 2.0))
     L = tokens("t2v-14B", 832, 480, 81)
     both = partial(down_and_norm, L, DiTDims.of_task(TASKS["t2v-14B"]))
-    cases.append(Case(f"gemm/t2v-14B-ffn-down-and-norm/{L}/fp8", "cuda", both, 2.0))
+    cases.append(Case(f"gemm/t2v-14B-ffn-down-and-norm/{L}x13824x5120/bf16", "cuda", both, 2.0))
     cases.append(Case("gemm/1.3B-ffn-up/390x1536x8960/bf16", "cpu", partial(gemm, 390, 1536, 8960), 8.0))
     return cases
 

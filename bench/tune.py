@@ -28,7 +28,7 @@ Tiles = dict[str, int]
 
 def tunable() -> list[str]:
     """The operators whose module has candidates."""
-    return [name for name in KERNELS if hasattr(_module(name), "_CANDIDATES")]
+    return [name for name in sorted(KERNELS) if hasattr(_module(name), "_CANDIDATES")]
 
 
 def sweep(case: RealCase, dtype: torch.dtype, device: torch.device, *, budget: float = 2.0) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("tile sweeps need a GPU, and there is none that the installed torch can use")
     for case in REAL_CASES:
-        for dtype in (torch.bfloat16, torch.float32) if case.op in ops else ():
+        for dtype in reversed(case.dtypes) if case.op in ops else ():
             found = sweep(case, dtype, torch.device("cuda"))
             print(f"{case.op} {case.id} {dtype}")
             for tiles, seconds in sorted(found["seconds"].items(), key=lambda item: item[1]):

@@ -8,7 +8,8 @@ if __name__ == "wan_fast.kernels":
     from .causal_conv3d import Form, add_skip_, causal_conv3d, causal_conv3d_add, conv_weight, history
     from .frames_to_uint8 import frames_to_uint8
     from .gated_residual import gated_residual_adaln, gated_residual_adaln_quantized
-    from .gelu_tanh import gelu_tanh, gelu_tanh_quantized
+    from .gelu_tanh import gelu_tanh
+    from .gelu_tanh_quantized import gelu_tanh_quantized
     from .gemm_8bit import gemm_8bit, gemm_8bit_add, gemm_8bit_gelu
     from .guidance_step import guidance_step
     from .patchify import patchify, unpatchify

@@ -74,6 +74,8 @@ def _tf32(size: int, device: torch.device) -> Callable[[], Tensor]:
 
 
 def _fp8(size: int, device: torch.device) -> Callable[[], Tensor]:
+    if device.type != "cuda":  # PyTorch emulates them, on some for minutes
+        raise RuntimeError("CPUs have no FP8 products")
     a, b = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device=device)
     return lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
