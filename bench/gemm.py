@@ -112,6 +112,13 @@ def gemm(M: int, K: int, N: int, device: torch.device) -> Work:
         "fp8 1x128 and 128x128 blocks, slow accumulation": blockwise,
         "torchao fp8 rowwise with scaling": torchao,
     }
+
+    def emulated() -> Callable[[], Tensor]:
+        raise NotHere("CPUs have no FP8 products")
+
+    if device.type == "cpu":
+        mine |= {name: emulated for name in mine if "fp8" in name}
+        fp8 = dict.fromkeys(fp8, emulated)
     return Work(
         arms={OURS: lambda: lambda: F.linear(x, weight, bias), **mine, **fp8, "int8 rowwise, unfused epilogue": int8},
         rate="bf16",
