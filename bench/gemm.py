@@ -175,7 +175,7 @@ def precision(dims: DiTDims, shape: tuple[int, ...], dtype: torch.dtype, device:
 
     def other_precision() -> Callable[[], Tensor]:
         if not on_gpu:
-            raise NotHere("a CPU has no FP8 products")
+            raise NotHere("that is ours, on a CPU")
         return narrow("int8")
 
     ours = "fp8" if on_gpu else "int8"
