@@ -3,8 +3,8 @@
     python -m bench.quality                  # 20 prompts, every scheme; writes bench/results/quality.md
     python -m bench.quality --prompts 3      # fewer; prints alone
 
-FP8 is emulated where the device has none: values are rounded to e4m3 and multiplied in fp32. All numbers are against the same
-model in fp32 from the same noise; none depends on the machine beyond rounding.
+On the CPU, where FP8 is emulated: values are rounded to e4m3 and multiplied in fp32. All numbers are against the same model in
+fp32 from the same noise; none depends on the machine beyond rounding.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FORMS = {f"{p} {s}": Form(p, s, s) for p in ("fp8", "int8") for s in ("row", "bl
 
 @contextmanager
 def emulated() -> Iterator[None]:
-    """Within, every device may compute in every precision, by the operators' references where it has none itself."""
+    """Within, a CPU may compute in every precision, by the operators' references."""
     before = schemes.computes
     schemes.computes = lambda precision, capability: ""
     try:
@@ -67,7 +67,7 @@ def sqnr(result: Tensor, exact: Tensor) -> float:
 
 def videos(options: Mapping[str, Any], prompts: Sequence[str]) -> Iterator[Tensor]:
     """One clip [3, F, H, W] in [-1, 1] per prompt, from the prompt's own seed."""
-    engine = Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", **{"dtype": "fp32", **options}))
+    engine = Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", **{"dtype": "fp32", **options}))
     for seed, prompt in enumerate(prompts):
         chunks: list[Tensor] = []
         engine.generate(Request(prompt=prompt, seed=seed), on_frames=lambda chunk, to=chunks: to.append(chunk.cpu()))
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             worst = min(range(len(found)), key=found.__getitem__)
             lines.append(f"| {name} | {sum(found) / len(found):.1f} | {found[worst]:.1f} | {prompts[worst]} |")
             print(lines[-1], flush=True)
-        linears = linear_errors(Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", dtype="fp32")), FORMS)
+        linears = linear_errors(Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu")), FORMS)
         more = ["", "Its linears, one by one, on the tokens of 3 steps:", "", *table(linears)]
         more += ["", "A linear of 1536 x 1536 on 512 tokens of heavy tails:", "", *table(synthetic_errors(FORMS))]
     print("\n".join(more))

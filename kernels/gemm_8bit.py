@@ -134,6 +134,7 @@ def _gemm_8bit_kernel(
                 tl.store(at, in_8_bits(y, 1 / tl.load(out_scale_ptr), dtype), mask=mask)
             else:  # the columns of a tile are the group; beyond the last they count as zero
                 y = tl.where((n < N)[None, :], y, 0.0)
+                tl.static_assert(BLOCK_N == 128)
                 scale = scale_of(y, 1, dtype)
                 groups: tl.constexpr = (N + 127) // 128
                 tl.store(out_scale_ptr + m.to(tl.int64) * groups + n0 // 128, scale, mask=m < M)
@@ -241,12 +242,12 @@ def _a_form(a_scale: Tensor) -> str:
 
 
 def _cublas_takes(capability: int, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> bool:
-    """Whether cuBLASLt is the one to use: where tensor cores keep sums of e4m3 in true fp32, for scales per row.
+    """Whether cuBLASLt is the one to use: on Blackwell's data-centre cards, which keep sums of e4m3 in true fp32.
 
     Its product for Hopper with exact sums is slow for scales per row, and the fast one misses the accuracy rule by its 14 bits.
     """
     fits = a.dtype == torch.float8_e4m3fn and dtype == torch.bfloat16 and b.shape[0] % 16 == b.shape[1] % 16 == 0
-    return fits and _a_form(a_scale) != "groups" and b_scale.ndim == 1 and capability >= 100 and a.numel() > 0
+    return fits and _a_form(a_scale) != "groups" and b_scale.ndim == 1 and capability in (100, 103) and a.numel() > 0
 
 
 def _by_cublas(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

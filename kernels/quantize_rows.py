@@ -5,7 +5,7 @@ Rounding is to the nearest even: to e4m3, up to 448, or to integers up to 127. `
 values are multiplied with (arXiv 2211.10438). A row with a NaN or an infinity has such a scale too. D width, G groups of a row.
 
 Bytes per value: 3, two read in bf16 and one written. What produces the values quantises them in the same pass where it can:
-see adaln.py, gated_residual.py and gelu_tanh.py; this operator is for what other libraries return.
+see adaln.py, gated_residual.py and gelu_tanh_quantized.py; this operator is for what other libraries return.
 """
 
 from __future__ import annotations

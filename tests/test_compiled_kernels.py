@@ -67,8 +67,9 @@ def test_products_run_on_tensor_cores(capability: int, rows: list[dict[str, Any]
         if (capability, letter) == (100, "I") and not row["sass"].get(meant):
             meant = "IMMA"  # before Triton 3.9
         assert row["sass"].get(meant), f"{row['case']}: no {meant}, but {sorted(n for n in row['sass'] if 'MMA' in n)}"
-        if (capability, letter) == (90, "Q"):
-            assert row["sass"].get("FADD"), f"{row['case']}: sums stay in the tensor cores, which keep 14 bits of them"
+        if capability == 90 and row["case"].startswith("gemm_8bit-fp8"):
+            # one addition per sum and thread; behind the loop there is none
+            assert row["sass"].get("FADD", 0) >= 64, f"{row['case']}: sums stay in the tensor cores, which keep 14 bits of them"
         if row["kernel"] == "_gemm_8bit_kernel":
             assert bool(row["sass"].get("UTMALDG")) is (capability >= 90), (
                 f"{row['case']}: tiles through descriptors from 9.0 on"

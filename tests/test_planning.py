@@ -77,12 +77,23 @@ def test_linears_in_8_bits_take_less_memory_and_time(gpu):
     faster = plain.seconds_at_least - narrow.seconds_at_least
     assert faster == pytest.approx(narrow.flops_8bit["fp8"] / 2 / (narrow.device.peak_tflops * 1e12))
     assert "blocks 0-1, 28-29 are not" in narrow.linears
-    assert {k.op for k in narrow.kernels} - {k.op for k in plain.kernels} == {*FUSED_8BIT}
+    added = {k.op for k in narrow.kernels} - {k.op for k in plain.kernels}
+    assert added == {*FUSED_8BIT} - {"gemm_8bit_add", "gemm_8bit_gelu"}
+    by_block = plan(replace(FIVE, precision="fp8", scaling="block"), CAT)
+    assert {k.op for k in by_block.kernels} - {k.op for k in plain.kernels} == {*FUSED_8BIT} - {
+        "gemm_8bit_add",
+        "gelu_tanh_quantized",
+    }
 
 
 @pytest.mark.parametrize(
     ("model", "fp8", "int8"),
-    [("NVIDIA H200", 2 * 989, 2 * 989), ("NVIDIA GeForce RTX 4090", 2 * 165, 4 * 165), ("NVIDIA No Such", None, None)],
+    [
+        ("NVIDIA H200", 2 * 989, 2 * 989),
+        ("NVIDIA GeForce RTX 4090", 2 * 165, 4 * 165),
+        ("NVIDIA L40S", 2 * 362, 2 * 362),
+        ("NVIDIA No Such", None, None),
+    ],
 )
 def test_peaks_in_8_bits_are_those_of_the_data_sheets(model, fp8, int8):
     device = Device(name="cuda:0", model=model, memory=0, free=0)

@@ -20,7 +20,7 @@ from wan_fast.kernels import KERNELS, Quantized, Quantizer
 from wan_fast.manifest import DiTDims, dit_shapes
 from wan_fast.planning import FUSED_8BIT
 from wan_fast.quantize import QuantizedLinear, forms_of, quantize_weight, shared, swap, takes
-from wan_fast.schemes import Form, as_stored, default_keep, kept, linear_of, quantized_at_load, settle
+from wan_fast.schemes import Form, as_stored, default_keep, described, kept, linear_of, quantized_at_load, settle
 
 DIMS = DiTDims(dim=256, ffn_dim=320, num_heads=2, num_layers=2, in_dim=48, out_dim=48, text_dim=64, text_len=16)
 TINY = EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu")
@@ -181,7 +181,11 @@ def test_forms_follow_what_is_asked_the_device_and_the_file(asked, scaling, keep
     [
         ("fp8", "auto", None, None, "", "a CPU has no FP8 products; take --precision int8"),
         ("fp8", "auto", None, (8, 0), "", "compute capability 8.0 has no FP8 .* take --precision int8"),
-        ("fp8", "auto", None, (8, 6), "fp8", "compute capability 8.6 has no FP8"),
+        ("fp8", "auto", None, (8, 6), "fp8", "compute capability 8.6 has no FP8 .* take --precision auto"),
+        ("fp8", "auto", None, None, "fp8", "a CPU has no FP8 products; take --precision auto"),
+        ("fp8", "auto", None, (7, 5), "", "has no FP8 .* take --precision bf16"),
+        ("auto", "block", None, None, "fp8", "--scaling is for linears in 8 bits"),
+        ("auto", "auto", 1, (8, 0), "fp8", "--keep_blocks is for linears in 8 bits"),
         ("int8", "auto", None, (7, 5), "", "compute capability 7.5 is below 8.0; take --precision bf16"),
         ("int8", "auto", None, (9, 0), "fp8", "linears are FP8 e4m3 already; take --precision fp8"),
         ("fp8", "auto", None, (9, 0), "int8", "linears are INT8 already; take --precision int8"),
@@ -199,6 +203,22 @@ def test_what_cannot_be_is_refused_with_words(asked, scaling, keep, capability, 
     scales = {name: {"weight_scale": (shapes[name][0],)} for name in precisions}
     with pytest.raises(WanFastError, match=words):
         settle(asked, scaling, keep, capability, shapes, precisions, scales)
+
+
+def test_a_precision_asked_for_is_not_silently_none():
+    """Only q of the joint linear is in 8 bits: it is converted where nothing is asked, and refused where FP8 is."""
+    shapes = dit_shapes(DIMS)
+    only_q = {name: "fp8" for name in shapes if name.endswith("self_attn.q.weight")}
+    scales = {name: {"weight_scale": (256,)} for name in only_q}
+    assert settle("auto", "auto", None, (9, 0), shapes, only_q, scales)[0] == {}
+    with pytest.raises(WanFastError, match="no linear of the checkpoint is whole in FP8"):
+        settle("fp8", "auto", None, (9, 0), shapes, only_q, scales)
+    both = {"blocks.0.ffn.0.weight": "fp8", "blocks.0.ffn.2.weight": "int8"}
+    assert settle("bf16", "auto", None, (9, 0), shapes, both, {})[0] == {}
+    with pytest.raises(WanFastError, match="both FP8 and INT8"):
+        settle("auto", "auto", None, (9, 0), shapes, both, {})
+    part = {"blocks.0.ffn.0": Form("fp8", stored=True)}
+    assert "1 linears of 1 blocks" in described(part, 2) and "7 more of these are not; blocks 1 are not" in described(part, 2)
 
 
 def test_joint_linears_are_stored_only_where_all_parts_are_alike():
@@ -391,6 +411,20 @@ def test_a_calibrated_fp8_file_runs_with_its_scales(native, tmp_path, anywhere):
     # without its input scales
     rows = Engine(replace(config, scaling="row")).models["model"].get_submodule("blocks.0.self_attn.qkv")
     assert rows.form.input == "row" and rows.input_scale is None
+
+
+def test_an_input_scale_of_one_says_that_there_is_none(native, tmp_path, anywhere):
+    written = {"scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
+    for name, tensor in native[1].items():
+        written[name] = tensor
+        if linear_of(name):
+            scale = tensor.abs().max() / 448
+            written[name] = (tensor / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+            own = name.removesuffix(".weight")
+            written[f"{own}.scale_weight"], written[f"{own}.scale_input"] = scale, torch.tensor(1.0)
+    engine = Engine(with_dit(native, tmp_path, written))
+    assert {form.input for form in forms_of(engine.models["model"]).values()} == {"row"}
+    assert engine.generate(SMALL).latents.isfinite().all()
 
 
 def test_where_a_device_has_no_fp8_the_file_is_converted_and_the_plan_says_so(native, tmp_path):

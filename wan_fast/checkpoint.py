@@ -451,7 +451,11 @@ def _part(
             raise WanFastError(f"{str(file)!r} needs the package gguf, which is not installed; pip install 'wan-fast[gguf]'")
         header = read_header(file)
         texts |= header.texts
-        stored += [TensorInfo(name, name, shape, dtype, file) for name, (dtype, shape) in header.tensors.items()]
+        stored += [
+            TensorInfo(name, name, shape, dtype, file)
+            for name, (dtype, shape) in header.tensors.items()
+            if name not in header.unscaled
+        ]
     contents = dialects.split(stored, texts, config, names)
     stored_8bit = contents.stored_8bit if computes else {}
     return Part(path, config, contents.tensors, contents.dialect, contents.scales, stored_8bit)

@@ -338,6 +338,8 @@ def _quantize(words: Sequence[str]) -> int:
         written = write_quantized(parsed.checkpoint, parsed.out, recipe, on_progress=bars)
     print(f"linears     {written.linears}; all else is as it was")
     print(f"size        {_size(written.bytes_before)} before, {_size(written.bytes_after)} now")
+    if not TASKS[written.task].wired:
+        print(f"note        this version cannot run {written.task} yet")
     print(f'next        wan-fast run --task {written.task} --ckpt_dir {shlex.quote(str(written.path))} --prompt "..."')
     print(written.path)
     return 0

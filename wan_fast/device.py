@@ -35,10 +35,10 @@ class Device:
     def peak_tops(self, precision: str) -> float | None:
         """Dense peak of "fp8" or "int8" in 10^12 operations per second, where it is known.
 
-        Twice that of bf16; int8 on cards for games and workstations four times (the vendor's data sheets).
+        Twice that of bf16; int8 on cards for games four times (the vendor's data sheets).
         """
         peak = self.peak_tflops
-        return peak and peak * (4 if precision == "int8" and "RTX" in self.model else 2)
+        return peak and peak * (4 if precision == "int8" and "GeForce" in self.model else 2)
 
     @property
     def peak_tflops(self) -> float | None:

@@ -27,8 +27,6 @@ from wan_fast.names import Rules, native_name, rules_for
 BLOCK = 128
 # (weight dtype) -> what it is called where it is computed with as it is
 FORMATS = {"F8_E4M3": "fp8", "I8": "int8"}
-# these write an input scale of 1 where there is none
-UNIT_INPUT_SCALE = ("scaled_fp8", "comfy_quant")
 
 _PREFIXES = ("model.diffusion_model.", "model.", "net.")
 # no weights: they stand beside the model, with or without its prefix
@@ -201,7 +199,7 @@ def _declared(
     quantization = config.get("quantization_config") or _parsed(where, texts, "quantization_config")
     if quantization:
         return _modelopt(where, quantization)
-    layers = _parsed(where, texts, "_quantization_metadata").get("layers", {})
+    layers = _object(where, "_quantization_metadata", _parsed(where, texts, "_quantization_metadata").get("layers", {}))
     layers = {name.removeprefix(prefix): layer for name, layer in layers.items()}
     for name in texts:
         if name.endswith(".comfy_quant"):
@@ -216,6 +214,7 @@ def _declared(
 def _comfy_quant(where: str, by_name: Mapping[str, TensorInfo], layers: Mapping[str, Mapping[str, Any]]) -> _Declared:
     dtypes, high = {}, set()
     for module, layer in layers.items():
+        layer = _object(where, f"what it declares of {module}", layer)
         form = layer.get("format")
         if form not in _COMFY_FORMATS or any(value for key, value in layer.items() if key.startswith("convrot")):
             raise _refused(where, f"{form} with convrot" if form in _COMFY_FORMATS else str(form), module)
@@ -235,7 +234,8 @@ def _modelopt(where: str, config: Any) -> _Declared:
         raise _refused(where, str(method))
     layers = {"": config.get("quant_algo")}
     if layers[""] == "MIXED_PRECISION":
-        layers |= {name: layer.get("quant_algo") for name, layer in (config.get("quantized_layers") or {}).items()}
+        listed = _object(where, "quantized_layers", config.get("quantized_layers") or {})
+        layers |= {name: _object(where, name, layer).get("quant_algo") for name, layer in listed.items()}
     for module, algo in layers.items():
         if algo not in _MODELOPT_FORMATS:
             raise _refused(where, f"ModelOpt's {algo}", module)
@@ -248,8 +248,12 @@ def _parsed(where: str, texts: Mapping[str, str], key: str) -> dict[str, Any]:
         content = json.loads(texts.get(key, "{}"))
     except ValueError as error:
         raise WanFastError(f"{where!r} holds no JSON in {key} ({error}); download it again") from error
+    return _object(where, key, content)
+
+
+def _object(where: str, key: str, content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise WanFastError(f"{where!r} holds no JSON object in {key}: {texts[key]!r}; download it again")
+        raise WanFastError(f"{where!r} holds no JSON object in {key}: {str(content)[:80]!r}; download it again")
     return content
 
 

@@ -222,7 +222,8 @@ def fuse(state: MutableMapping[str, Any], prefix: str) -> None:
 def unfuse(state: MutableMapping[str, Any], prefix: str) -> None:
     """The reverse of `fuse`; the tensors are views of the joint one."""
     for fused, parts in _FUSED.items():
-        if prefix + fused not in state:
+        joint = state.get(prefix + fused)
+        if joint is None or joint.shape[0] % len(parts):  # there are no such scales, or blocks of 128 that reach across
             continue
         views = state.pop(prefix + fused).chunk(len(parts))
         state.update(zip([prefix + part for part in parts], views, strict=True))

@@ -59,6 +59,6 @@ def _kernels() -> dict[str, str]:
     dtype = "fp32" if device.type == "cpu" else "bf16"
     reasons = {precision: schemes.computes(precision, device.capability) for precision in schemes.NAMES}
     said = ", ".join(f"--precision {precision}: {reason or 'possible'}" for precision, reason in reasons.items())
-    able = [precision for precision, reason in reasons.items() if not reason]
+    able = [schemes.Form(precision) for precision, reason in reasons.items() if not reason]
     choices = kernel_plan(EngineConfig(task="ti2v-5B"), device, dtype, able, said)
     return {choice.op: f"{choice.backend} ({choice.why})" for choice in choices}

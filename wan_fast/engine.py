@@ -362,7 +362,8 @@ def load_model(
         if linear and form and not form.stored and f"{linear}.weight" in state:
             quantize_in(state, linear, form)
         if report:
-            report(part.tensors[name].num_bytes)
+            scales = part.scales.get(name, {}).values()
+            report(sum(info.num_bytes for info in (part.tensors[name], *scales)))
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -464,7 +464,9 @@ def _whole_folder(out: Path) -> Iterator[Path]:
         os.replace(scratch, target)
     except Exception as error:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise WanFastError(f"{str(out)!r} cannot be written ({error}); free space, or choose another place") from error
+            raise WanFastError(
+                f"{str(out)!r} cannot be written or the checkpoint not read ({error}); free space, or choose another place"
+            ) from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -53,11 +53,12 @@ class TensorInfo:
 @dataclass(frozen=True)
 class Header:
     """What a file tells of itself: per tensor dtype and shape, and for safetensors and GGUF the byte it begins at; texts
-    are metadata, and tensors that hold JSON."""
+    are metadata, and tensors that hold JSON; `unscaled` are static input scales of exactly 1, which say that there is none."""
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     texts: Mapping[str, str] = field(default_factory=dict)
     offsets: Mapping[str, int] = field(default_factory=dict)
+    unscaled: frozenset[str] = frozenset()
 
 
 def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -97,6 +98,7 @@ def _read_safetensors(file: Path) -> Header:
             texts = {str(key): str(value) for key, value in (header.pop("__metadata__", None) or {}).items()}
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
             tensors = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+            unscaled = set()
             offsets = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
             for name, (dtype, shape) in tensors.items():
                 start, stop = header[name]["data_offsets"]
@@ -105,15 +107,20 @@ def _read_safetensors(file: Path) -> Header:
                 if name.endswith(".comfy_quant") and stop - start < 10_000:
                     stream.seek(offsets[name])
                     texts[name] = stream.read(stop - start).decode()
+                if name.endswith((".input_scale", ".scale_input")) and prod(shape) == 1:
+                    stream.seek(offsets[name])
+                    if stream.read(stop - start) == _ONE.get(dtype):
+                        unscaled.add(name)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, OSError) as error:
         raise WanFastError(f"{str(file)!r} is not a whole safetensors file ({error}); download it again") from error
     if size != 8 + length + end:
         raise WanFastError(
             f"{str(file)!r} is truncated: {size:,} bytes, its header promises {8 + length + end:,}; download it again"
         )
-    return Header(tensors, texts, offsets)
+    return Header(tensors, texts, offsets, frozenset(unscaled))
 
 
+_ONE = {"F32": struct.pack("<f", 1), "F16": struct.pack("<e", 1), "BF16": struct.pack("<f", 1)[2:]}
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",
     "IntStorage": "I32", "CharStorage": "I8", "ByteStorage": "U8", "BoolStorage": "BOOL",

@@ -7,7 +7,7 @@ device. The engine only executes it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import floor, prod, sqrt
@@ -145,8 +145,8 @@ def set_up(config: EngineConfig) -> Setup:
     vae_dtype = config.vae_dtype if config.vae_dtype != "auto" else "fp32" if device.type == "cpu" else dtype
     # last: on a GPU it has to import torch
     forms, linears = _forms(config, device, dtype, opened)
-    narrow = sorted({form.precision for by_linear in forms.values() for form in by_linear.values()})
-    kernels = kernel_plan(config, device, dtype, narrow, linears)
+    used = {form for by_linear in forms.values() for form in by_linear.values()}
+    kernels = kernel_plan(config, device, dtype, used, linears)
     return Setup(
         device=device,
         dtype=dtype,
@@ -459,7 +459,7 @@ FUSED = (
     *("adaln_modulate", "causal_conv3d", "causal_conv3d_add", "frames_to_uint8", "gated_residual_adaln", "gelu_tanh"),
     *("guidance_step", "patchify", "qk_norm_rope", "rms_norm_silu", "rms_norm_silu_", "unpatchify"),
 )
-# those of linears in 8 bits
+# those of linears in 8 bits; gemm_8bit_add is for other programs, as it moves as many bytes as gated_residual_adaln after it
 FUSED_8BIT = (
     *("adaln_modulate_quantized", "gated_residual_adaln_quantized", "gelu_tanh_quantized", "gemm_8bit", "gemm_8bit_add"),
     *("gemm_8bit_gelu", "quantize_rows"),
@@ -492,13 +492,32 @@ def _forms(
     return forms, "; ".join(f"{name}: {words}" for name, words in said.items())
 
 
-def kernel_plan(config: EngineConfig, device: Device, dtype: str, narrow: Sequence[str], why: str) -> tuple[KernelChoice, ...]:
-    """The backend of every operation; attention first. `narrow`: the precisions in 8 bits that linears have, and `why`."""
+def kernel_plan(config: EngineConfig, device: Device, dtype: str, used: Collection[Form], why: str) -> tuple[KernelChoice, ...]:
+    """The backend of every operation; attention first. `used`: the forms that linears have in 8 bits, and `why`."""
+    narrow = sorted({form.precision for form in used})
+    choices = [_fused(op, config.kernels, device) for op in (*FUSED, *_ops_of(used))]
+    # as kernels/gemm_8bit.py chooses
+    by_cublas = any(form.precision == "fp8" and form.weight == "row" and form.input != "block" for form in used)
+    if by_cublas and dtype == "bf16" and device.capability and device.capability[0] == 10 and config.kernels == "auto":
+        said = KernelChoice(
+            op="gemm_8bit", backend="cublaslt", why="auto: it sums FP8 in true fp32 here; where scales are per row"
+        )
+        choices = [said if choice.op == "gemm_8bit" else choice for choice in choices]
     return (
         _attention(config.attention, device, dtype),
         KernelChoice(op="linear", backend=" and ".join([*narrow, f"torch {dtype}"]), why=why),
-        *(_fused(op, config.kernels, device) for op in (*FUSED, *(FUSED_8BIT if narrow else ()))),
+        *choices,
     )
+
+
+def _ops_of(used: Collection[Form]) -> list[str]:
+    """Those of FUSED_8BIT that linears of such forms need."""
+    if not used:
+        return []
+    ops = ["adaln_modulate_quantized", "gated_residual_adaln_quantized", "gemm_8bit", "quantize_rows"]
+    # a scale of the whole row is not known before the row is
+    ops += ["gelu_tanh_quantized"] if any(form.input == "row" for form in used) else []
+    return ops + (["gemm_8bit_gelu"] if any(form.input != "row" for form in used) else [])
 
 
 def _attention(asked: str, device: Device, dtype: str) -> KernelChoice:
@@ -526,8 +545,6 @@ def _fused(op: str, asked: str, device: Device) -> KernelChoice:
     from wan_fast.kernels import KERNELS, backend, why_no_extension
 
     chosen = backend(device.name, op)
-    if op == "gemm_8bit" and device.capability and device.capability >= (10, 0):
-        return KernelChoice(op=op, backend=chosen, why="auto: FP8 with scales per row by cuBLASLt, whose sums are fp32 here")
     if not KERNELS[op].has_cuda:
         why = "auto: it exists in Triton alone"
     elif chosen == "cuda":

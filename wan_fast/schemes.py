@@ -16,6 +16,8 @@ from wan_fast.dialects import granularity
 from wan_fast.manifest import Shapes
 
 GROUP = 128
+# linears of a block, its q, k and v being one
+PER_BLOCK = 8
 _LINEAR = re.compile(r"(blocks\.(\d+)\.(?:self_attn\.(?:qkv|[qkvo])|cross_attn\.[qkvo]|ffn\.[02]))\.weight")
 NAMES = {"fp8": "FP8 e4m3", "int8": "INT8"}
 SCALINGS = {
@@ -54,7 +56,7 @@ def linear_of(name: str) -> str | None:
 def default_keep(num_layers: int) -> int:
     """Blocks at either end that are not quantised: 3 of 40, as published for Wan's 14B models, in proportion for others, and at
     least one, where blocks are left between. On `tiny`, of 6 blocks, one at either end makes FP8 1.5 dB better, two 4.6 dB;
-    without, one prompt of 20 falls below 30 dB (bench/results/quality.md)."""
+    with none the worst of 20 prompts falls below 30 dB (bench/results/quality.md)."""
     return max(1, round(3 * num_layers / 40)) if num_layers > 2 else 0
 
 
@@ -114,7 +116,10 @@ def described(forms: Mapping[str, Form], num_layers: int) -> str:
     how = ", ".join(f"{NAMES[precision]}, {SCALINGS[scaling]}" for precision, scaling in kinds)
     blocks = {int(linear.split(".")[1]) for linear in forms}
     without = [i for i in range(num_layers) if i not in blocks]
-    return f"{len(forms)} linears of {len(blocks)} blocks: {how}" + (f"; blocks {_ranges(without)} are not" if without else "")
+    said = f"{len(forms)} linears of {len(blocks)} blocks: {how}"
+    if missing := PER_BLOCK * len(blocks) - len(forms):
+        said += f"; {missing} more of these are not"
+    return said + (f"; blocks {_ranges(without)} are not" if without else "")
 
 
 def _ranges(numbers: Iterable[int]) -> str:
@@ -159,47 +164,56 @@ def settle(
         WanFastError: what is asked for cannot be, with what to do.
     """
     held = sorted({precisions[name] for name in precisions if linear_of(name)})
-    if len(held) > 1:
-        raise WanFastError("the checkpoint has both FP8 and INT8 linears; take one of a single precision")
-    for precision, word in ((asked, "--precision"), *(((held[0], "the checkpoint's"),) if held and asked == "auto" else ())):
-        reason = computes(precision, capability) if precision in NAMES else ""
-        if reason and word == "--precision":
-            other = {"fp8": "int8", "int8": "bf16"}[precision]
-            raise WanFastError(f"--precision {precision}: {reason}; take --precision {other}")
-        if reason:
-            return {}, f"auto: the checkpoint's {NAMES[precision]} is converted as it is loaded, as {reason}"
-    if asked == "bf16" or (asked == "auto" and not held):
-        options = {"--scaling": scaling != "auto", "--keep_blocks": keep is not None}
-        for flag, given in options.items():
+    if asked in NAMES and (reason := computes(asked, capability)):
+        able = [precision for precision in NAMES if not computes(precision, capability)]
+        # what the file holds can be converted, but not from one precision of 8 bits to another
+        raise WanFastError(f"--precision {asked}: {reason}; take --precision {'auto' if held else [*able, 'bf16'][0]}")
+    lacking = computes(held[0], capability) if held and asked == "auto" else ""
+    if asked == "bf16" or not (held or asked in NAMES) or lacking:
+        for flag, given in (("--scaling", scaling != "auto"), ("--keep_blocks", keep is not None)):
             if given:
                 raise WanFastError(
-                    f"{flag} is for linears in 8 bits, --precision {asked} has none here; add --precision fp8 or int8"
+                    f"{flag} is for linears in 8 bits, and there are none here: --precision is {asked}; leave it out"
                 )
+        if lacking:
+            return {}, f"auto: the checkpoint's {NAMES[held[0]]} is converted as it is loaded, as {lacking}"
         return {}, "asked for" if asked == "bf16" else "auto: as the checkpoint has them"
-    if not held:
-        if scaling == "tensor":
-            raise WanFastError(
-                "--scaling tensor needs calibrated scales, the checkpoint has none; write one with "
-                "wan-fast quantize CKPT OUT --scheme fp8 --calibrate PROMPTS, or take --scaling row"
-            )
-        layers = 1 + max((int(m[2]) for name in shapes if (m := _LINEAR.fullmatch(name))), default=-1)
-        count = default_keep(layers) if keep is None else keep
-        if 2 * count >= layers:
-            raise WanFastError(f"--keep_blocks {count} at either end leaves none of {layers} blocks; take a smaller number")
-        return quantized_at_load(
-            shapes, asked, "row" if scaling == "auto" else scaling, count
-        ), "asked for, quantised as it is loaded"
-    if asked not in ("auto", held[0]):
+    if len(held) > 1:
+        raise WanFastError("the checkpoint has both FP8 and INT8 linears; take --precision bf16, or one of a single precision")
+    if held:
+        return _settle_stored(
+            asked, scaling, keep, held[0], as_stored(shapes, precisions, scales)
+        ), "as the checkpoint has them"
+    if scaling == "tensor":
         raise WanFastError(
-            f"--precision {asked}: the checkpoint's linears are {NAMES[held[0]]} already; take --precision {held[0]}, or give "
-            "the checkpoint it was made from"
+            "--scaling tensor needs calibrated scales, the checkpoint has none; write one with "
+            "wan-fast quantize CKPT OUT --scheme fp8 --scaling tensor --calibrate PROMPTS.txt, or take --scaling row"
+        )
+    layers = 1 + max((int(m[2]) for name in shapes if (m := _LINEAR.fullmatch(name))), default=-1)
+    count = default_keep(layers) if keep is None else keep
+    if 2 * count >= layers:
+        raise WanFastError(f"--keep_blocks {count} at either end leaves none of {layers} blocks; take a smaller number")
+    forms = quantized_at_load(shapes, asked, "row" if scaling == "auto" else scaling, count)
+    return forms, "asked for, quantised as it is loaded"
+
+
+def _settle_stored(asked: str, scaling: str, keep: int | None, held: str, forms: dict[str, Form]) -> dict[str, Form]:
+    """The forms of a checkpoint's own, held against the options."""
+    if asked not in ("auto", held):
+        raise WanFastError(
+            f"--precision {asked}: the checkpoint's linears are {NAMES[held]} already; take --precision {held}, or give the "
+            "checkpoint it was made from"
         )
     if keep is not None:
         raise WanFastError("--keep_blocks cannot undo a checkpoint's own quantisation; leave it out")
-    forms = as_stored(shapes, precisions, scales)
+    if not forms and asked in NAMES:
+        raise WanFastError(
+            f"--precision {asked}: no linear of the checkpoint is whole in {NAMES[held]} (q, k and v are one, and must be "
+            "alike); take --precision bf16"
+        )
     if scaling == "row":  # tokens' own scales in place of a calibrated one
         forms = {linear: replace(form, input="row") if form.input == "tensor" else form for linear, form in forms.items()}
     for form in {*forms.values()}:
         if scaling not in ("auto", form.scaling):
             raise WanFastError(f"--scaling {scaling}: the checkpoint has {SCALINGS[form.scaling]}; leave it out")
-    return forms, "as the checkpoint has them"
+    return forms

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wan_fast.config import WanFastError
-from wan_fast.dialects import BLOCK, UNIT_INPUT_SCALE, granularity
+from wan_fast.dialects import BLOCK, granularity
 from wan_fast.headers import BLOCKS, TensorInfo, num_bytes, read_header, state_dict_in
 
 if TYPE_CHECKING:
@@ -83,11 +83,6 @@ class Packed:
     scale: Tensor
     input_scale: Tensor | None = None
     smooth: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        tensors = (self.values, self.scale, self.input_scale, self.smooth)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def dequantized(self) -> Tensor:
         """[N, K] fp32, the weight for an activation that is not smoothed."""
@@ -165,8 +160,6 @@ def _read_scales(part: Part) -> dict[str, dict[str, Tensor]]:
         name, kind = wanted[info.file, info.stored_name]
         if kind == "input_scale":
             scale = scale.reshape(())
-            if part.dialect in UNIT_INPUT_SCALE and scale == 1:
-                continue
         scales.setdefault(name, {})[kind] = scale
     return scales
 
