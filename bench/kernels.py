@@ -79,7 +79,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for name, group in groupby(sorted(rows, key=place), place):
         by_capability = {row["capability"]: row for row in group}
         cells = [
-            f"{row['reg']}, {occupancy(c, row['reg'], row['shared'], row['warps']):.0%}" if (row := by_capability.get(c)) else "-"
+            f"{row['reg']}, {occupancy(c, row['reg'], row['shared'], row['warps']):.0%}"
+            if (row := by_capability.get(c))
+            else "-"
             for c in capabilities
         ]
         first = next(iter(by_capability.values()))
