@@ -199,6 +199,8 @@ def test_operator_keeps_the_dispatcher_rules(case: Case) -> None:
         # it compares tensors, which PyTorch cannot in e4m3; the same operator's case in int8 is checked
         checks.remove("test_schema")
         assert any(other.op == case.op and "int8" in other.id for other in CASES)
+    if case.id.endswith("nan"):
+        checks.remove("test_aot_dispatch_dynamic")  # it takes NaN for another value than NaN
     torch.library.opcheck(KERNELS[case.op].op, args, test_utils=checks)
 
 
