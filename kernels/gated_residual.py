@@ -9,6 +9,8 @@ D = 3072: 8.6 us per thousand tokens at 4.3 TB/s; 11 D where the normed is quant
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -214,20 +216,8 @@ def _reference_quantized(
     return rounded(z, dtype, groups, fixed, smooth)
 
 
-def _fake_quantized(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor | None,
-    shift: Tensor,
-    scale: Tensor,
-    split: int,
-    eps: float,
-    affine: bool,
-    dtype: torch.dtype,
-    groups: bool,
-    fixed: Tensor | None,
-    smooth: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _fake_quantized(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, dtype, groups, fixed, _ = others
     return empty(x, dtype, groups, fixed)
 
 

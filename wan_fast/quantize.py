@@ -31,8 +31,6 @@ from wan_fast.schemes import GROUP, Form
 from wan_fast.weights import Packed
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-# the largest of their values, which a scale's maximum becomes
-_LARGEST = {"fp8": 448.0, "int8": 127.0}
 Tokens = Tensor | Quantized
 
 
@@ -128,21 +126,15 @@ def forms_of(model: nn.Module) -> dict[str, Form]:
 
 def quantize_weight(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     """A weight [N, K] as 8-bit values and their fp32 scale, [N] or [ceil(N / 128), ceil(K / 128)]."""
+    dtype, (N, K) = DTYPES[form.precision], weight.shape
     if form.weight == "row":
-        values, scale = quantize_rows(weight.contiguous(), DTYPES[form.precision])
+        values, scale = quantize_rows(weight.contiguous(), dtype)
         return values, scale[:, 0]
-    N, K = weight.shape
-    blocks = F.pad(weight.float(), (0, -K % GROUP, 0, -N % GROUP)).unflatten(1, (-1, GROUP)).unflatten(0, (-1, GROUP))
-    scale = blocks.abs().amax((1, 3)).clamp(min=1e-30) / _LARGEST[form.precision]
-    # every row has the scales of its block
-    scaled = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:N, :K]
-    return _rounded(scaled, form.precision), scale
-
-
-def _rounded(values: Tensor, precision: str) -> Tensor:
-    largest = _LARGEST[precision]
-    values = values.round() if precision == "int8" else values
-    return values.clamp(-largest, largest).to(DTYPES[precision])
+    blocks = F.pad(weight, (0, -K % GROUP, 0, -N % GROUP)).unflatten(1, (-1, GROUP)).unflatten(0, (-1, GROUP))
+    # a block is a row of its own
+    values, scale = quantize_rows(blocks.transpose(1, 2).flatten(2).contiguous(), dtype)  # [N / 128, K / 128, 128 x 128]
+    laid = values.unflatten(2, (GROUP, GROUP)).transpose(1, 2).flatten(2).flatten(0, 1)
+    return laid[:N, :K].contiguous(), scale[:, :, 0]
 
 
 def shared(x: Tensor, *linears: Any) -> Tokens:
