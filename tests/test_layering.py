@@ -20,7 +20,7 @@ LEVELS: list[set[str]] = [
     {"dialects"},
     {"schemes", "weights"},
     {"attention", "parallel", "checkpoint", "lora", "quantize", "roofs", "video"},
-    {"dit", "adapters", "vae", "encoders"},
+    {"dit", "adapters", "vae", "encoders", "backends"},
     {"conditioning", "planning", "sampler", "solver"},
     {"graphs", "engine"},
     {"__init__"},

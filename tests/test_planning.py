@@ -11,13 +11,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from wan_fast import manifest, planning
+from wan_fast.backends import FUSED, FUSED_8BIT
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import Device, describe
 from wan_fast.dit import WanDiT, grid_of
 from wan_fast.engine import Engine
 from wan_fast.kernels import KERNELS
 from wan_fast.manifest import DiTDims, VaeDims, dit_shapes, stays_fp32
-from wan_fast.planning import FUSED, FUSED_8BIT, plan
+from wan_fast.planning import plan
 from wan_fast.quantize import QuantizedLinear, swap
 from wan_fast.schemes import linear_of, quantized_at_load
 from wan_fast.tasks import TASKS, VAES

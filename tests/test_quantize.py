@@ -11,6 +11,7 @@ from torch import nn
 
 from bench.quality import FORMS, PROMPTS, emulated, linear_errors, psnr, quantized, sqnr, synthetic_errors, videos
 from wan_fast import Engine, EngineConfig, Request, WanFastError, plan
+from wan_fast.backends import FUSED_8BIT
 from wan_fast.checkpoint import open_dit
 from wan_fast.cli import main
 from wan_fast.counting import count_work
@@ -18,7 +19,6 @@ from wan_fast.dit import WanDiT, grid_of
 from wan_fast.engine import load_model
 from wan_fast.kernels import KERNELS, Quantized, Quantizer
 from wan_fast.manifest import DiTDims, dit_shapes
-from wan_fast.planning import FUSED_8BIT
 from wan_fast.quantize import QuantizedLinear, forms_of, quantize_weight, shared, swap, takes
 from wan_fast.schemes import Form, as_stored, default_keep, described, kept, linear_of, quantized_at_load, settle
 

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 
 import wan_fast
 from wan_fast import schemes
+from wan_fast.backends import kernel_plan
 from wan_fast.config import EngineConfig
 from wan_fast.device import describe, gpu_list
-from wan_fast.planning import kernel_plan
 
 _NEEDED = (
     *("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub"),

@@ -7,7 +7,7 @@ device. The engine only executes it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from math import floor, prod, sqrt
@@ -16,6 +16,7 @@ from typing import Any
 
 from wan_fast import checkpoint as checkpoints
 from wan_fast import manifest, schemes
+from wan_fast.backends import KernelChoice, kernel_plan, settle_forms
 from wan_fast.checkpoint import Checkpoint
 from wan_fast.config import EngineConfig, Request, Resolved, WanFastError, resolve
 from wan_fast.device import Device, describe
@@ -51,15 +52,6 @@ class MemoryPlan:
     decode_chunk: int
     decode_piece: int
     decode_tiles: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelChoice:
-    """Which implementation an operation uses on this device, and why."""
-
-    op: str
-    backend: str
-    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +136,7 @@ def set_up(config: EngineConfig) -> Setup:
     dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
     vae_dtype = config.vae_dtype if config.vae_dtype != "auto" else "fp32" if device.type == "cpu" else dtype
     # last: on a GPU it has to import torch
-    forms, linears = _forms(config, device, dtype, opened)
+    forms, linears = settle_forms(config, device, dtype, opened)
     used = {form for by_linear in forms.values() for form in by_linear.values()}
     kernels = kernel_plan(config, device, dtype, used, linears)
     return Setup(
@@ -452,106 +444,6 @@ def _dit_bytes(dims: manifest.DiTDims, forms: Mapping[str, Form], size: int) -> 
         else:
             total += prod(shape) * (4 if manifest.stays_fp32(name) else size)
     return total
-
-
-# those of wan_fast.kernels, which only a GPU's plan imports
-FUSED = (
-    *("adaln_modulate", "causal_conv3d", "causal_conv3d_add", "frames_to_uint8", "gated_residual_adaln", "gelu_tanh"),
-    *("guidance_step", "patchify", "qk_norm_rope", "rms_norm_silu", "rms_norm_silu_", "unpatchify"),
-)
-# those of linears in 8 bits; gemm_8bit_add is for other programs, as it moves as many bytes as gated_residual_adaln after it
-FUSED_8BIT = (
-    *("adaln_modulate_quantized", "gated_residual_adaln_quantized", "gelu_tanh_quantized", "gemm_8bit", "gemm_8bit_add"),
-    *("gemm_8bit_gelu", "quantize_rows"),
-)
-
-
-def _forms(
-    config: EngineConfig, device: Device, dtype: str, opened: Checkpoint | None
-) -> tuple[dict[str, dict[str, Form]], str]:
-    """Which linears of each expert compute in 8 bits, and that in words."""
-    parts = dict(opened.experts) if opened else dict.fromkeys(config.spec.experts)
-    forms, said = {}, {}
-    for name, part in parts.items():
-        dims = manifest.DiTDims.of_shapes(part.shapes, part.config) if part else manifest.DiTDims.of_task(config.spec)
-        forms[name], why = schemes.settle(
-            config.precision,
-            config.scaling,
-            config.keep_blocks,
-            device.capability,
-            part.shapes if part else manifest.dit_shapes(dims),
-            part.stored_8bit if part else {},
-            {weight: {kind: info.shape for kind, info in kinds.items()} for weight, kinds in part.scales.items()}
-            if part
-            else {},
-        )
-        how = schemes.described(forms[name], dims.num_layers) if forms[name] else dtype
-        said[name] = f"{how} ({why})"
-    if len({*said.values()}) == 1:
-        return forms, next(iter(said.values()))
-    return forms, "; ".join(f"{name}: {words}" for name, words in said.items())
-
-
-def kernel_plan(config: EngineConfig, device: Device, dtype: str, used: Collection[Form], why: str) -> tuple[KernelChoice, ...]:
-    """The backend of every operation; attention first. `used`: the forms that linears have in 8 bits, and `why`."""
-    narrow = sorted({form.precision for form in used})
-    choices = [_fused(op, config.kernels, device) for op in (*FUSED, *_ops_of(used))]
-    # as kernels/gemm_8bit.py chooses
-    by_cublas = any(form.precision == "fp8" and form.weight == "row" and form.input != "block" for form in used)
-    if by_cublas and dtype == "bf16" and device.capability and device.capability[0] == 10 and config.kernels == "auto":
-        said = KernelChoice(
-            op="gemm_8bit", backend="cublaslt", why="auto: it sums FP8 in true fp32 here; where scales are per row"
-        )
-        choices = [said if choice.op == "gemm_8bit" else choice for choice in choices]
-    return (
-        _attention(config.attention, device, dtype),
-        KernelChoice(op="linear", backend=" and ".join([*narrow, f"torch {dtype}"]), why=why),
-        *choices,
-    )
-
-
-def _ops_of(used: Collection[Form]) -> list[str]:
-    """Those of FUSED_8BIT that linears of such forms need."""
-    if not used:
-        return []
-    ops = ["adaln_modulate_quantized", "gated_residual_adaln_quantized", "gemm_8bit", "quantize_rows"]
-    # a scale of the whole row is not known before the row is
-    ops += ["gelu_tanh_quantized"] if any(form.input == "row" for form in used) else []
-    return ops + (["gemm_8bit_gelu"] if any(form.input != "row" for form in used) else [])
-
-
-def _attention(asked: str, device: Device, dtype: str) -> KernelChoice:
-    if device.type == "cpu":
-        if asked not in ("auto", "sdpa"):
-            raise WanFastError(f"--attention {asked} needs a GPU, the device is {device.name}; take --attention auto")
-        return KernelChoice(op="attention", backend="sdpa", why="PyTorch's own, the one for a CPU")
-    from wan_fast.attention import choose
-
-    assert device.capability
-    best = choose(asked, device.capability, dtype)[0]
-    why = (
-        f"auto: the best of what is installed for compute capability {device.capability[0]}.x"
-        if asked == "auto"
-        else "asked for"
-    )
-    return KernelChoice(op="attention", backend=best.name, why=why)
-
-
-def _fused(op: str, asked: str, device: Device) -> KernelChoice:
-    if device.type == "cpu":
-        return KernelChoice(op=op, backend="reference", why="the device is a CPU")
-    if asked == "reference":
-        return KernelChoice(op=op, backend="reference", why="asked for")
-    from wan_fast.kernels import KERNELS, backend, why_no_extension
-
-    chosen = backend(device.name, op)
-    if not KERNELS[op].has_cuda:
-        why = "auto: it exists in Triton alone"
-    elif chosen == "cuda":
-        why = "auto: the extension is built for this GPU"
-    else:
-        why = f"auto: {why_no_extension(device.name)}"
-    return KernelChoice(op=op, backend=chosen, why=why)
 
 
 def _flops(
