@@ -143,7 +143,7 @@ def in_8_bits(model: WanDiT, form: Form, keep: int) -> WanDiT:
     """The model with its linears quantised but for `keep` blocks at either end; what stays is shared."""
     forms = quantized_at_load(manifest.dit_shapes(model.dims), form.precision, form.weight, keep)
     with torch.device("meta"):
-        other = WanDiT(model.dims, model.blocks[0].self_attn.attention)  # type: ignore[index]
+        other = WanDiT(model.dims, model.blocks[0].cross_attn.attention)  # type: ignore[index]
     swap(other, forms)
     state = dict(model.named_parameters())
     for linear, own in forms.items():

@@ -75,7 +75,7 @@ def attention_for(dims: DiTDims, dtype: torch.dtype, device: torch.device) -> At
     """What the engine would take with --attention auto."""
     if device.type != "cuda":
         return sdpa
-    rows = choose("auto", torch.cuda.get_device_capability(device), "bf16" if dtype == BF16 else "fp32")
+    rows = choose("auto", torch.cuda.get_device_capability(device), "bf16" if dtype == BF16 else "fp32", dims.head_dim)
     return first_that_runs(rows, device, dtype, dims.num_heads, dims.head_dim)[1]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wan_fast.attention import Attention
 from wan_fast.dit import Block, Context, CrossAttention, Grid, KeysValues, SelfAttention, WanDiT, grid_of, sinusoid
 from wan_fast.kernels import unpatchify
 from wan_fast.kernels.qk_norm_rope import rotation
@@ -67,7 +68,7 @@ def _block(block: Block, x: Tensor, modulation: Tensor, turn: Tensor, keys_value
     shift1, scale1, gate1, shift2, scale2, gate2 = (block.modulation + modulation).unbind(2)
     dtype = block.self_attn.qkv.weight.dtype
     y = _modulate(x, shift1, scale1, block.eps).to(dtype)
-    x = x + _self_attention(block.self_attn, y, turn) * gate1
+    x = x + _self_attention(block.self_attn, y, turn, block.cross_attn.attention) * gate1
     x = x + _cross_attention(block.cross_attn, block.norm3(x).to(dtype), keys_values)
     y = _modulate(x, shift2, scale2, block.eps).to(dtype)
     up, gelu, down = block.ffn
@@ -78,12 +79,12 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
-def _self_attention(layer: SelfAttention, x: Tensor, turn: Tensor) -> Tensor:
+def _self_attention(layer: SelfAttention, x: Tensor, turn: Tensor, attention: Attention) -> Tensor:
     q, k, v = (F.linear(x, *part) for part in zip(layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3), strict=True))
     weight_q, weight_k = layer.norm_qk.chunk(2)
     q = _turn(_rms_norm(q, weight_q, layer.eps).unflatten(-1, layer.heads), turn).to(x.dtype)
     k = _turn(_rms_norm(k, weight_k, layer.eps).unflatten(-1, layer.heads), turn).to(x.dtype)
-    return layer.o(layer.attention(q, k, v.unflatten(-1, layer.heads)).flatten(2))
+    return layer.o(attention(q, k, v.unflatten(-1, layer.heads)).flatten(2))
 
 
 def _cross_attention(layer: CrossAttention, x: Tensor, keys_values: KeysValues) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from bench.registry import OURS, Build, Case, NotHere, Work
 from bench.tune import without_extension
 from wan_fast.attention import BACKENDS, Backend, sdpa
-from wan_fast.counting import convolving, multiplying, not_touched
+from wan_fast.counting import not_touched, operations
 from wan_fast.kernels import KERNELS, backend, causal_conv3d, conv_weight
 from wan_fast.kernels.qk_norm_rope import rotation
 from wan_fast.tasks import HEAD_DIM, PATCH, TASKS
@@ -74,7 +74,7 @@ def kernel(case: RealCase, dtype: torch.dtype, device: torch.device) -> Work:
         rate=case.products or ("bf16" if dtype == torch.bfloat16 else "fp32"),
         # rounding may differ by one level of 255; what changes in place is not the same after another number of calls
         tolerance=None if op.mutates else 2e-2,
-        flops=convolving(op.op, args) + multiplying(op.op, args),
+        flops=operations(op.op, args),
         bytes=moved,
     )
 

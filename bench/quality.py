@@ -1,4 +1,4 @@
-"""What linears in 8 bits do to the picture: PSNR of whole videos of `tiny`, and the error of every linear.
+"""What 8 bits do to the picture: PSNR of whole videos of `tiny`, and the error of every linear and every attention.
 
     python -m bench.quality                  # 20 prompts, every scheme; writes bench/results/quality.md
     python -m bench.quality --prompts 3      # fewer; prints alone
@@ -14,24 +14,44 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from math import log10
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bench import RESULTS
-from wan_fast import schemes
+from wan_fast import attention, schemes
+from wan_fast.attention import Attention8bit, Projected, of_projection, sdpa
 from wan_fast.config import EngineConfig, Request
 from wan_fast.engine import Engine
+from wan_fast.kernels import rope_table
 from wan_fast.quantize import QuantizedLinear, quantize_weight
 from wan_fast.schemes import Form
 
 COLOURS = ("red", "orange", "yellow", "green", "blue")
 THINGS = ("circle on white moves left", "square on grey rotates", "triangle on black bounces", "star on sky grows")
 PROMPTS = [f"a {colour} {thing}" for colour in COLOURS for thing in THINGS]
-# what is compared: name -> options beside the task's
+
+
+def plain_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What attention in FP8 is without the care: one scale for all of q, k and v, keys as they are (arXiv 2407.08608)."""
+
+    def rounded(x: Tensor) -> Tensor:
+        scale = x.abs().amax() / 448
+        return (x / scale).to(torch.float8_e4m3fn).to(torch.float32) * scale
+
+    q, k, v = (rounded(x.float()).transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    p = (scores - scores.amax(-1, keepdim=True)).exp()
+    out = (p * 448).to(torch.float8_e4m3fn).float() @ v / 448 / p.sum(-1, keepdim=True)
+    return out.transpose(1, 2)
+
+
+# what is compared: name -> options beside the task's; "variant" is another attention in the place of that in 8 bits
 RUNS: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "bf16"},
     "fp8 row": {"precision": "fp8"},
@@ -40,6 +60,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "int8 block": {"precision": "int8", "scaling": "block"},
     **{f"fp8 row, {keep} kept": {"precision": "fp8", "keep_blocks": keep} for keep in (0, 2)},
     **{f"int8 row, {keep} kept": {"precision": "int8", "keep_blocks": keep} for keep in (0, 2)},
+    "attention int8": {"attention": "int8"},
+    "attention int8, values bf16": {"attention": "int8", "variant": Attention8bit("int8", wide_values=True)},
+    "attention fp8": {"attention": "fp8"},
+    "attention plain fp8": {"attention": "fp8", "variant": of_projection(plain_fp8)},
+    "attention int8, 2,1 steps kept": {"attention": "int8", "keep_steps": (2, 1)},
+    "attention int8, 1 block kept": {"attention": "int8", "keep_blocks": 1},
+    "attention int8, skip 0.01": {"attention": "int8", "skip_softmax": 0.01},
+    "attention int8, int8 row": {"attention": "int8", "precision": "int8"},
+    "attention int8, fp8 row": {"attention": "int8", "precision": "fp8"},
 }
 FORMS = {f"{p} {s}": Form(p, s, s) for p in ("fp8", "int8") for s in ("row", "block")}
 
@@ -47,12 +76,16 @@ FORMS = {f"{p} {s}": Form(p, s, s) for p in ("fp8", "int8") for s in ("row", "bl
 @contextmanager
 def emulated() -> Iterator[None]:
     """Within, a CPU may compute in every precision, by the operators' references."""
-    before = schemes.computes
+    before = schemes.computes, attention.BACKENDS
     schemes.computes = lambda precision, capability: ""
+    attention.BACKENDS = tuple(
+        replace(row, majors=range(100), since=0, dtypes=("bf16", "fp32")) if row.module == "triton" else row
+        for row in before[1]
+    )
     try:
         yield
     finally:
-        schemes.computes = before
+        schemes.computes, attention.BACKENDS = before
 
 
 def psnr(frames: Tensor, reference: Tensor) -> float:
@@ -67,7 +100,10 @@ def sqnr(result: Tensor, exact: Tensor) -> float:
 
 def videos(options: Mapping[str, Any], prompts: Sequence[str]) -> Iterator[Tensor]:
     """One clip [3, F, H, W] in [-1, 1] per prompt, from the prompt's own seed."""
-    engine = Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", **{"dtype": "fp32", **options}))
+    others = {name: value for name, value in options.items() if name != "variant"}
+    engine = Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", **{"dtype": "fp32", **others}))
+    for block in engine.models["model"].blocks if "variant" in options else ():  # type: ignore[union-attr]
+        block.self_attn.in_8_bits = options["variant"]
     for seed, prompt in enumerate(prompts):
         chunks: list[Tensor] = []
         engine.generate(Request(prompt=prompt, seed=seed), on_frames=lambda chunk, to=chunks: to.append(chunk.cpu()))
@@ -100,6 +136,75 @@ def linear_errors(engine: Engine, forms: Mapping[str, Form], steps: int = 3) -> 
     engine.generate(Request(prompt=PROMPTS[0], seed=0, num_steps=steps))
     for hook in hooks:
         hook.remove()
+    return found
+
+
+# name -> self-attention, of which the errors are shown
+ATTENTIONS: dict[str, Projected] = {
+    "int8": Attention8bit("int8"),
+    "int8, values bf16": Attention8bit("int8", wide_values=True),
+    "fp8": Attention8bit("fp8"),
+    "plain fp8": of_projection(plain_fp8),
+}
+
+
+def attention_errors(engine: Engine, steps: int = 3) -> dict[tuple[str, str], list[float]]:
+    """(block, attention) -> SQNR in dB of every self-attention while a video is made."""
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+
+    def comparing(exact: Projected, block: str, qkv: Tensor, *args: Any, **settings: Any) -> Tensor:
+        results = {name: attention(qkv.clone(), *args, **settings) for name, attention in ATTENTIONS.items()}
+        wanted = exact(qkv, *args, **settings)
+        for name, result in results.items():
+            found[block, name].append(sqnr(result, wanted))
+        return wanted
+
+    layers = [block.self_attn for block in engine.models["model"].blocks]  # type: ignore[union-attr]
+    before = [layer.attention for layer in layers]
+    for i, layer in enumerate(layers):
+        layer.attention = partial(comparing, before[i], f"block {i}")
+    engine.generate(Request(prompt=PROMPTS[0], seed=0, num_steps=steps))
+    for layer, attention_before in zip(layers, before, strict=True):
+        layer.attention = attention_before
+    return found
+
+
+def wan_like_attention() -> dict[str, Callable[[torch.Generator], Tensor]]:
+    """Projections [1, L, 3, D] of 2 heads, before their norm, on a clip of 4 x 16 x 16 tokens.
+
+    Of a Wan model keys have a large part in common, q and k a few channels that are larger than the others, and tokens beside
+    one another are alike.
+    """
+    T, H, W, D = 4, 16, 16, 256
+
+    def white(generator: torch.Generator) -> Tensor:
+        return torch.randn(1, T * H * W, 3, D, generator=generator)
+
+    def common(generator: torch.Generator) -> Tensor:
+        return white(generator) + torch.randn(3, D, generator=generator) * torch.tensor([0.5, 4.0, 0.5])[:, None]
+
+    def channels(generator: torch.Generator) -> Tensor:
+        x = common(generator)
+        x[:, :, :2, ::32] *= 8
+        return x
+
+    def smooth(generator: torch.Generator) -> Tensor:
+        coarse = torch.randn(3 * D, T, H // 4, W // 4, generator=generator)
+        fine = F.interpolate(coarse, scale_factor=4, mode="bilinear")  # [3 D, T, H, W]
+        return (fine.flatten(1).t().reshape(1, -1, 3, D) * 2 + channels(generator)).contiguous()
+
+    return {"white": white, "keys in common": common, "and large channels": channels, "and smooth": smooth}
+
+
+def synthetic_attention_errors() -> dict[tuple[str, str], list[float]]:
+    """(kind of tokens, attention) -> SQNR in dB."""
+    found, grid = {}, (4, 16, 16)
+    for kind, make in wan_like_attention().items():
+        qkv, weight, table = make(torch.Generator().manual_seed(0)), torch.ones(2, 256), rope_table(16, 128)
+        where: dict[str, Any] = {"grid": grid, "heads": 2, "eps": 1e-6}
+        wanted = of_projection(sdpa)(qkv.clone(), weight, table, **where)
+        for name, other in ATTENTIONS.items():
+            found[kind, name] = [sqnr(other(qkv.clone(), weight, table, **where), wanted)]
     return found
 
 
@@ -140,7 +245,7 @@ def table(rows: Mapping[tuple[str, str], Sequence[float]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.quality", description="What linears in 8 bits do to the picture.")
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description="What 8 bits do to the picture.")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"of {len(PROMPTS)}; fewer write no file")
     parser.add_argument("runs", nargs="*", help=f"of: {', '.join(RUNS)}; fewer write no file")
     parsed = parser.parse_args(argv)
@@ -165,9 +270,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         linears = linear_errors(Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu")), FORMS)
         more = ["", "Its linears, one by one, on the tokens of 3 steps:", "", *table(linears)]
         more += ["", "A linear of 1536 x 1536 on 512 tokens of heavy tails:", "", *table(synthetic_errors(FORMS))]
+        engine = Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu"))
+        more += ["", "Its self-attention, on the tokens of 3 steps:", "", *table(attention_errors(engine))]
+        more += ["", "Self-attention of 1,024 tokens like Wan's:", "", *table(synthetic_attention_errors())]
     print("\n".join(more))
     if chosen == list(RUNS) and prompts == PROMPTS:
-        heading = "# Quality of linears in 8 bits\n\nWritten by `python -m bench.quality`.\n\n"
+        heading = "# Quality in 8 bits\n\nWritten by `python -m bench.quality`.\n\n"
         (RESULTS / "quality.md").write_text(heading + "\n".join([*lines, *more]) + "\n", encoding="utf-8")
     return 0
 

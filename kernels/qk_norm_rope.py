@@ -27,6 +27,31 @@ from ._op import register
 
 
 @triton.jit
+def normed_and_turned(
+    x, weight_ptr, mask, table_ptr, positions, number, H, W, EPS: tl.constexpr, ROPE: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x [BLOCK_N, BLOCK_K] fp32 of token `number` of the clip, zero outside N and K."""
+    mean_square = tl.sum(tl.sum(x * x, axis=1), axis=0) / (N * K)
+    n = tl.arange(0, BLOCK_N)[:, None]
+    k = tl.arange(0, BLOCK_K)[None, :]
+    weight = tl.load(weight_ptr + n * K + k, mask=mask, other=0.0).to(tl.float32)
+    x = x * tl.rsqrt(mean_square + EPS) * weight
+    if ROPE:
+        t, h, w = number // (H * W), number // W % H, number % W
+        HALF: tl.constexpr = K // 2
+        AXIS: tl.constexpr = K // 6
+        j = tl.arange(0, BLOCK_K // 2)
+        position = tl.where(j < HALF - 2 * AXIS, t, tl.where(j < HALF - AXIS, h, w))
+        cosine = tl.load(table_ptr + position * HALF + j, mask=j < HALF, other=0.0)[None, :]
+        sine = tl.load(table_ptr + (positions + position) * HALF + j, mask=j < HALF, other=0.0)[None, :]
+        even, odd = tl.split(tl.reshape(x, (BLOCK_N, BLOCK_K // 2, 2)))
+        x = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
+        x = tl.reshape(x, (BLOCK_N, BLOCK_K))
+    return x
+
+
+@triton.jit
 def _qk_norm_rope_kernel(
     x_ptr,  # [B, L, M, D]
     weight_ptr,  # [P, D]
@@ -53,21 +78,10 @@ def _qk_norm_rope_kernel(
     place = n * K + k  # [BLOCK_N, BLOCK_K]
     pointer = x_ptr + token * token_stride + part * (N * K) + place
     x = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
-    mean_square = tl.sum(tl.sum(x * x, axis=1), axis=0) / (N * K)
-    weight = tl.load(weight_ptr + part * (N * K) + place, mask=mask, other=0.0).to(tl.float32)
-    x = x * tl.rsqrt(mean_square + EPS) * weight
-    if ROPE:
-        number = offset + token % L
-        t, h, w = number // (H * W), number // W % H, number % W
-        HALF: tl.constexpr = K // 2
-        AXIS: tl.constexpr = K // 6
-        j = tl.arange(0, BLOCK_K // 2)
-        position = tl.where(j < HALF - 2 * AXIS, t, tl.where(j < HALF - AXIS, h, w))
-        cosine = tl.load(table_ptr + position * HALF + j, mask=j < HALF, other=0.0)[None, :]
-        sine = tl.load(table_ptr + (positions + position) * HALF + j, mask=j < HALF, other=0.0)[None, :]
-        even, odd = tl.split(tl.reshape(x, (BLOCK_N, BLOCK_K // 2, 2)))
-        x = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
-        x = tl.reshape(x, (BLOCK_N, BLOCK_K))
+    weight_ptr += part * (N * K)
+    x = normed_and_turned(
+        x, weight_ptr, mask, table_ptr, positions, offset + token % L, H, W, EPS, ROPE, N, K, BLOCK_N, BLOCK_K
+    )
     tl.store(pointer, x.to(x_ptr.dtype.element_ty), mask=mask)
 
 
@@ -181,7 +195,14 @@ def qk_norm_rope(
     Raises:
         ValueError: shapes, dtypes or strides are others, or tokens lie outside the grid or the table.
     """
-    op = "qk_norm_rope"
+    check("qk_norm_rope", x, weight, table, grid, offset, heads)
+    _op(x, weight, table, grid, offset, heads, eps)
+
+
+def check(
+    op: str, x: Tensor, weight: Tensor, table: Tensor | None, grid: tuple[int, int, int], offset: int, heads: int
+) -> None:
+    """Refuse what no form of the operator takes."""
     fits = x.ndim == 4 and weight.ndim == 2 and x.shape[3] == weight.shape[1] and weight.shape[0] <= x.shape[2]
     _check.shapes(op, "x [B, L, M, D] and weight [P <= M, D]", fits, x=x, weight=weight)
     _check.dtypes(op, _check.FLOATS, x=x, weight=weight)
@@ -197,4 +218,3 @@ def qk_norm_rope(
         _check.dtypes(op, (torch.float32,), table=table)
         if offset < 0 or offset + x.shape[1] > T * H * W:
             raise ValueError(f"{op} wants tokens within the grid {grid}, got {x.shape[1]} from number {offset} on")
-    _op(x, weight, table, grid, offset, heads, eps)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from wan_fast import kernels
+from wan_fast.kernels import KERNELS
 from wan_fast.kernels._op import Kernel
 from wan_fast.kernels.causal_conv3d import Form, history, output_shape
 
@@ -486,6 +487,133 @@ def _gemm_cases() -> list[Case]:
     ]
 
 
+class Attend(NamedTuple):
+    """q [B, L, N, K] by keys and values [B, S, N, K]; values in e4m3 where `narrow`. `keys` makes them awkward."""
+
+    L: int
+    S: int
+    N: int = 2
+    K: int = 64
+    B: int = 1
+    narrow: bool = True
+    interleaved: bool = False
+    skip: float = 0.0
+    lse: bool = False
+    keys: str = ""
+
+    def inputs(self, eight: torch.dtype, dtype: torch.dtype, meta: bool = False) -> tuple[Any, ...]:
+        B, L, S, N, K = self.B, self.L, self.S, self.N, self.K
+        values_dtype = torch.bfloat16 if dtype == torch.float32 else dtype
+        settings = self.interleaved, self.skip, self.lse, dtype
+        if meta:
+            v = torch.empty(B, S, 3, N, K, dtype=values_dtype, device="meta")[:, :, 2]
+            of_v = KERNELS["quantize_values"].op(v, self.interleaved) if self.narrow else (v, None, None)
+            q, k = (torch.empty(B, size, N, K, dtype=eight, device="meta") for size in (L, S))
+            q_scale, k_scale = (torch.empty(B, N, size, device="meta") for size in (L, S))
+            return q, q_scale, k, k_scale, *of_v, *settings
+        q, k, v = _randn(B, L, N, K), _randn(B, S, N, K, seed=1), _randn(B, S, 3, N, K, seed=2)[:, :, 2]
+        if self.keys == "offset":  # as Wan's have
+            k += 8 * _randn(1, 1, N, K, seed=3)
+        elif self.keys == "dominating":
+            k[:, S // 2] = 3 * q[:, 0]
+        elif self.keys == "equal":
+            k[:] = k[:, :1].clone()
+        elif self.keys == "far":  # all but the first tile of any size: e^-7 of its weights
+            q, k = torch.ones_like(q), torch.full_like(k, 1 - 7 / K**0.5)
+            k[:, :128] = 1
+            v[:, 128:] += 30
+        if self.keys != "equal":
+            k -= k.mean(1, keepdim=True)
+        (q, q_scale), (k, k_scale) = (KERNELS["quantize_rows"].reference(x, eight, False, None, None) for x in (q, k))
+        q_scale, k_scale = (scale[..., 0].transpose(1, 2).contiguous() for scale in (q_scale, k_scale))
+        if self.keys == "nan":
+            k_scale[0, 0, -1] = float("nan")
+        elif self.keys == "unaligned":  # descriptors cannot read it
+            k = torch.empty(k.numel() + 1, dtype=eight)[1:].view(k.shape).copy_(k)
+        v = v.to(values_dtype)
+        of_v = KERNELS["quantize_values"].reference(v, self.interleaved) if self.narrow else (v, None, None)
+        return q, q_scale, k, k_scale, *of_v, *settings
+
+
+_ATTENDS = {
+    "one": Attend(1, 1),
+    "one-key": Attend(7, 1, lse=True),
+    "one-query": Attend(1, 300, K=128),
+    "tail1": Attend(130, 129, B=2, lse=True),
+    "tail63": Attend(40, 191, N=3, K=128, lse=True),
+    "tiles": Attend(128, 256, N=1, K=128),
+    "text512": Attend(70, 512, N=1, K=128),
+    "image257": Attend(70, 257, N=1, K=128),
+    "offset": Attend(70, 200, keys="offset", lse=True),
+    "dominating": Attend(70, 200, keys="dominating"),
+    "equal": Attend(70, 200, keys="equal"),
+    "unaligned": Attend(130, 191, keys="unaligned"),
+    "no-queries": Attend(0, 5),
+    "wide-values": Attend(130, 191, B=2, narrow=False, lse=True),
+    "wide-values-equal": Attend(70, 200, narrow=False, keys="equal"),
+    "skip": Attend(130, 450, N=1, skip=0.01, keys="far", lse=True),
+    "skip-wide-values": Attend(130, 450, N=1, skip=0.01, narrow=False, keys="far"),
+    "skips-none": Attend(70, 300, N=1, skip=1e-30),
+    "nan": Attend(9, 20, lse=True, keys="nan"),
+}
+
+
+def _attention_cases() -> list[Case]:
+    eights = (("int8", INT8), ("fp8", FP8))
+    cases = [
+        Case("attention_8bit", f"{name}-{id}", partial(attend.inputs, eight))
+        for name, eight in eights
+        for id, attend in _ATTENDS.items()
+    ]
+    for name, (B, (T, H, W), N, K, M, part, turned, centred) in {
+        "clip": (2, (2, 3, 2), 4, 24, 3, slice(0, None), True, True),
+        "part": (1, (3, 2, 5), 1, 128, 3, slice(7, 19), True, True),
+        "not-turned": (2, (2, 3, 2), 3, 32, 2, slice(0, None), False, True),
+        "not-centred": (1, (2, 1, 3), 24, 128, 3, slice(0, None), True, False),
+        "none": (1, (2, 1, 1), 1, 2, 2, slice(0, 0), True, True),
+    }.items():
+        inputs = partial(_centred, _rope(B, (T, H, W), N, K, M, 2, part), turned)
+        cases.append(Case("keys_center", name, partial(inputs, "")))
+        cases += [
+            Case("qk_norm_rope_quantized", f"{id}-{name}", partial(inputs, "centred" if centred else "plain", eight=eight))
+            for id, eight in eights
+        ]
+    # a sample of the clip's keys, with one beyond its end
+    cases.append(Case("keys_center", "sample", partial(_centred, _rope(1, (3, 25, 41), 1, 8, 2, 2), True, "")))
+    for S, N, K, B, interleaved in [
+        (1, 1, 1, 1, False), (37, 3, 64, 2, False), (37, 3, 64, 2, True), (130, 2, 128, 1, True), (1100, 1, 8, 1, False),
+    ]:  # fmt: skip
+        name = f"B{B}-S{S}-N{N}-K{K}{'-interleaved' if interleaved else ''}"
+        cases.append(Case("quantize_values", name, _values(B, S, N, K, interleaved)))
+    cases.append(Case("quantize_values", "constant", lambda dtype: (torch.full((1, 20, 1, 4), 3.0, dtype=dtype), False)))
+    cases.append(Case("quantize_values", "nan", _values(1, 20, 1, 8, False, special=True)))
+    return cases
+
+
+def _centred(inputs: Inputs, turned: bool, form: str, dtype: torch.dtype, *, eight: torch.dtype = INT8) -> tuple[Any, ...]:
+    """The inputs of qk_norm_rope for keys_center, or for qk_norm_rope_quantized with a centre or without."""
+    x, weight, table, *others = inputs(dtype)
+    table = table if turned else None
+    if not form:
+        return x, weight, table, *others
+    heads = others[2]
+    center = _randn(x.shape[0], heads, x.shape[3] // heads, seed=9) if form == "centred" else None
+    return x, weight, table, center, *others, eight
+
+
+def _values(B: int, S: int, N: int, K: int, interleaved: bool, special: bool = False) -> Inputs:
+    """v of a packed projection; with `special` a NaN and an infinity."""
+
+    def inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+        v = _randn(B, S, 3, N, K, mean=0.5)[:, :, 2]
+        if special:
+            v[0, 1, 0, 1], v[0, 2, 0, 2] = float("nan"), float("inf")
+        packed = torch.empty(B, S, 3, N, K, dtype=dtype)[:, :, 2]
+        return packed.copy_(v), interleaved
+
+    return inputs
+
+
 def arguments(case: Case | RealCase, dtype: torch.dtype, device: str | torch.device) -> tuple[Any, ...]:
     """The case's arguments on a device, with the strides that the case gave them; meta tensors get random values."""
 
@@ -509,7 +637,15 @@ def run(kernel: Kernel, body: Callable[..., Any], args: tuple[Any, ...]) -> list
     own = [arg.clone() if name in kernel.mutates and arg is not None else arg for name, arg in zip(names, args, strict=True)]
     returned = body(*own)
     outputs = (returned,) if isinstance(returned, Tensor) else [t for t in returned or () if t is not None]
-    if "quantize" in kernel.name or kernel.name == "gemm_8bit_gelu":
+    if kernel.name == "qk_norm_rope_quantized":
+        outputs = [
+            *outputs,
+            dequantized(outputs[0], outputs[1].transpose(2, 3).clone(memory_format=torch.contiguous_format)[..., None]),
+        ]
+    elif kernel.name == "quantize_values":
+        values, scale, center = outputs
+        outputs = [*outputs, (values.to(scale.dtype) * scale[..., None] + center[..., None])[..., : args[0].shape[1]]]
+    elif "quantize" in kernel.name or kernel.name == "gemm_8bit_gelu":
         fixed = next((arg for name, arg in zip(names, own, strict=True) if name == "fixed"), None)
         outputs = [*outputs, dequantized(outputs[0], outputs[1] if fixed is None else fixed)]
     return [*outputs, *(arg for name, arg in zip(names, own, strict=True) if name in kernel.mutates and arg is not None)]
@@ -616,6 +752,43 @@ def _real_8bit_cases() -> list[RealCase]:
     return cases
 
 
+def _real_attention_cases() -> list[RealCase]:
+    """Self-attention of the longest clip and of one whose tokens no tile divides; what comes before it at each width."""
+    cases = []
+    for task, (T, H, W), D, *_ in _TASKS:
+        packed, weight, table = _meta(1, T * H * W, 3, D), _meta32(2, D), _meta32(2, max(T, H, W), 64)
+        settings = (T, H, W), 0, D // 128, 1e-6
+        cases.append(RealCase("keys_center", task, _args(packed, weight, table, *settings), 128, 10, 0))
+        center = _meta32(1, D // 128, 128)
+        for name, eight in (("int8", INT8), ("fp8", FP8)):
+            if eight == INT8 or task == "ti2v-5B-720p":
+                inputs = _args(packed, weight, table, center, *settings, eight)
+                since = 89 if eight == FP8 else 80
+                id = f"{name}-{task}"
+                cases.append(
+                    RealCase("qk_norm_rope_quantized", id, inputs, 96, 20, None, since=since, dtypes=(torch.bfloat16,))
+                )
+        values = partial(
+            _on_meta,
+            lambda dtype, N=D // 128, L=T * H * W: (torch.empty(1, L, 3, N, 128, dtype=dtype, device="meta")[:, :, 2], False),
+        )
+        cases.append(RealCase("quantize_values", task, values, 128, None, None, since=89, dtypes=(torch.bfloat16,)))
+    attends = {
+        "t2v-14B-720p": Attend(75600, 75600, 40, 128),
+        "ti2v-5B-720p": Attend(27280, 27280, 24, 128, lse=True),
+        "ti2v-5B-720p-skip": Attend(27280, 27280, 24, 128, skip=0.01),
+        "t2v-14B-text": Attend(75600, 512, 40, 128),
+        "t2v-14B-wide-values": Attend(75600, 75600, 40, 128, narrow=False),
+        "of-64-channels": Attend(4097, 4097, 16, 64),
+    }
+    for (id, attend), (name, eight) in itertools.product(attends.items(), (("int8", INT8), ("fp8", FP8))):
+        if eight == INT8 or id in ("t2v-14B-720p", "ti2v-5B-720p"):
+            made = partial(attend.inputs, eight, meta=True)
+            settings = {"products": name, "since": 89 if attend.narrow else 80, "dtypes": (torch.bfloat16,)}
+            cases.append(RealCase("attention_8bit", f"{name}-{id}", made, 255, None, None, 228 * 1024, **settings))  # type: ignore[arg-type]
+    return cases
+
+
 def _on_meta(inputs: Inputs, dtype: torch.dtype) -> tuple[Any, ...]:
     return tuple(value.to("meta") if isinstance(value, Tensor) else value for value in inputs(dtype))
 
@@ -634,7 +807,7 @@ def _args(*values: Any) -> Inputs:
     return inputs
 
 
-CASES = [*_frames_to_uint8_cases(), *_cases(), *_vae_cases(), *_quantizing_cases(), *_gemm_cases()]
+CASES = [*_frames_to_uint8_cases(), *_cases(), *_vae_cases(), *_quantizing_cases(), *_gemm_cases(), *_attention_cases()]
 
 REAL_CASES = [
     RealCase("frames_to_uint8", "vae2.1-480p-4", _frames(4, 480, 832, 1, 0, False, meta=True), 40),
@@ -642,4 +815,5 @@ REAL_CASES = [
     *_real_dit_cases(),
     *_real_vae_cases(),
     *_real_8bit_cases(),
+    *_real_attention_cases(),
 ]

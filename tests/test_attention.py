@@ -1,16 +1,20 @@
 """Which backend runs where, that none is asked for in vain, and that nothing is copied on the way."""
 
+import json
 import sys
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wan_fast import attention
-from wan_fast.attention import BACKENDS, Backend, choose, first_that_runs, installed, sdpa
-from wan_fast.config import WanFastError
+from bench.quality import sqnr
+from wan_fast import attention, kernels, self_test
+from wan_fast.attention import BACKENDS, Attention8bit, Backend, choose, first_that_runs, installed, of_projection, sdpa
+from wan_fast.config import ATTENTION_8BIT, WanFastError
 
 CPU = torch.device("cpu")
 EVERYTHING = {row.module for row in BACKENDS}
@@ -44,11 +48,17 @@ def packed(B=1, L=37, heads=4, K=16, device="cpu", dtype=torch.float32):
         ("flash", (9, 0), "bf16", {"torch", "flash_attn.cute"}, "flash-attn 4"),
         ("flash", (12, 0), "bf16", {"torch", "flash_attn_2_cuda"}, "flash-attn 2"),
         ("xformers", (8, 0), "fp32", EVERYTHING, "xformers"),
+        ("int8", (8, 0), "bf16", {"triton"}, "int8 triton"),
+        ("int8", (9, 0), "bf16", EVERYTHING, "int8 triton"),
+        ("fp8", (8, 9), "bf16", EVERYTHING, "fp8 triton"),
+        ("int8-sm90", (9, 0), "bf16", EVERYTHING, "int8 cuda"),
+        ("fp8-sm90", (9, 0), "bf16", EVERYTHING, "fp8 cuda"),
+        ("sage", (12, 0), "bf16", EVERYTHING, "sageattention"),
     ],
 )
 def test_choice(monkeypatch, asked, capability, dtype, packages, first):
     monkeypatch.setattr(attention, "installed", packages.__contains__)
-    assert choose(asked, capability, dtype)[0].name == first
+    assert choose(asked, capability, dtype, 128)[0].name == first
 
 
 @pytest.mark.parametrize(
@@ -60,12 +70,26 @@ def test_choice(monkeypatch, asked, capability, dtype, packages, first):
         ("flash", (13, 0), "bf16", r"to 12.x, this GPU has 13.0"),
         ("flash", (7, 5), "bf16", r"runs on compute capability 8.0 to 12.x, this GPU has 7.5; take --attention auto"),
         ("flash", (9, 0), "fp32", "computes in bf16, --dtype is fp32"),
+        ("fp8", (8, 6), "bf16", "8.9 to 12.x, this GPU has 8.6; take --attention int8"),
+        ("int8-sm90", (9, 0), "bf16", "CUDA extension: pip install wan-fast where nvcc"),
+        ("int8", (0, 0), "fp32", "8.0 to 12.x, the device is the CPU; take --attention auto"),
     ],
 )
 def test_what_is_asked_for_and_not_there(monkeypatch, asked, capability, dtype, said):
     monkeypatch.setattr(attention, "installed", {"torch"}.__contains__)
     with pytest.raises(WanFastError, match=said):
-        choose(asked, capability, dtype)
+        choose(asked, capability, dtype, 128)
+
+
+def test_head_widths_are_the_backends():
+    assert choose("int8", (9, 0), "bf16", 64) and choose("auto", (9, 0), "bf16", 96)
+    with pytest.raises(WanFastError, match="int8 has head widths 64 and 128, this model's is 96; take --attention auto"):
+        choose("int8", (9, 0), "bf16", 96)
+
+
+def test_auto_takes_none_in_8_bits():
+    assert not any(row.eight_bit for row in BACKENDS if row.best_on)
+    assert {row.flag for row in BACKENDS if row.eight_bit} == {*ATTENTION_8BIT}
 
 
 def test_installed_imports_nothing(tmp_path, monkeypatch):
@@ -142,6 +166,129 @@ def test_packages_are_called_as_they_expect(monkeypatch, name):
     assert torch.equal(chosen.make()(q, k, v), sdpa(q, k, v))
 
 
+def test_sageattention_is_called_as_it_expects(monkeypatch):
+    chosen = next(row for row in BACKENDS if row.name == "sageattention")
+    seen = {}
+
+    def sageattn(q, k, v, **settings):
+        seen.update(settings)
+        return sdpa(q, k, v)
+
+    monkeypatch.setitem(sys.modules, "sageattention", ModuleType("sageattention"))
+    sys.modules["sageattention"].sageattn = sageattn
+    for found, said in ((None, "is 0, 2 or later"), ("1.0.6", "is 1.0.6, 2 or later")):
+        monkeypatch.setattr(attention, "version", lambda name, found=found: found or raises(PackageNotFoundError(name)))
+        with pytest.raises(ImportError, match=said):
+            chosen.make(0.0)
+    monkeypatch.setattr(attention, "version", lambda name: "2.2.0")
+    qkv, weight, table, where = projection(L=30)
+    assert torch.equal(chosen.make(0.0)(qkv.clone(), weight, table, **where), exact(qkv.clone(), weight, table, **where))
+    assert seen == {"tensor_layout": "NHD", "is_causal": False, "smooth_k": True}
+
+
+def raises(error):
+    raise error
+
+
+exact = of_projection(sdpa)
+
+
+def projection(L=30, heads=2, K=128, dtype=torch.float32, offset=4.0):
+    """A packed projection whose keys have much in common, and values something, and the rest that an attention of it takes."""
+    generator = torch.Generator().manual_seed(L)
+    qkv = torch.randn(1, L, 3, heads * K, generator=generator)
+    qkv[:, :, 1:] += torch.tensor([[offset], [0.5]]) * torch.randn(2, heads * K, generator=generator)
+    where = {"grid": (1, 1, L), "heads": heads, "eps": 1e-6}
+    return qkv.to(dtype), torch.ones(2, heads * K, dtype=dtype), kernels.rope_table(L, K), where
+
+
+def quality(chosen, *arguments, **where):
+    qkv, *others = arguments
+    near, wanted = chosen(qkv.clone(), *others, **where), exact(qkv.clone(), *others, **where)
+    return float("inf") if torch.equal(near, wanted) else sqnr(near, wanted)
+
+
+@pytest.mark.parametrize("L", [1, 63, 129, 300])
+@pytest.mark.parametrize(("chosen", "least"), [("int8", 30), ("fp8", 30), ("wide", 40)])
+@pytest.mark.parametrize("K", [64, 128])
+def test_attention_in_8_bits_is_near_the_exact_one(L, chosen, least, K):
+    chosen = Attention8bit("int8", wide_values=True) if chosen == "wide" else Attention8bit(chosen)
+    qkv, weight, table, where = projection(L, K=K)
+    assert quality(chosen, qkv, weight, table, **where) >= least
+    assert quality(replace(chosen, skip=1e-4), qkv, weight, table, **where) >= least - 1
+
+
+def test_keys_are_centred():
+    """What all keys have in common would take the bits: without the centre the error is twice as large."""
+    qkv, weight, table, where = projection(300, offset=20.0)
+    table = kernels.rope_table(1, 128).expand(2, 300, 64).contiguous()  # no turn, which spreads it
+    with_centre = quality(Attention8bit("int8", wide_values=True), qkv, weight, table, **where)
+    before = attention.keys_center
+    attention.keys_center = lambda x, *args, heads, **others: before(x, *args, heads=heads, **others) * 0
+    try:
+        without = quality(Attention8bit("int8", wide_values=True), qkv, weight, table, **where)
+    finally:
+        attention.keys_center = before
+    assert with_centre > without + 6
+
+
+def test_any_centre_gives_the_same_attention():
+    """That of a sample as well as the mean of all: 5,000 keys, of which a fifth is looked at."""
+    L = 5000
+    x = torch.randn(1, L, 2, 64, generator=torch.Generator().manual_seed(0))
+    x[:, :, 1] += 3 * torch.randn(64, generator=torch.Generator().manual_seed(1))
+    weight, table, where = torch.ones(2, 64), kernels.rope_table(100, 64), {"grid": (1, 50, 100), "heads": 1}
+    sampled = kernels.keys_center(x, weight, table, **where)
+    keys = x.clone()
+    kernels.qk_norm_rope(keys, weight, table, **where)
+    mean = keys[:, :, 1].mean(1)[:, None]
+    assert (sampled - mean).abs().max() < 0.1 < mean.abs().max() and not torch.equal(sampled, mean)
+
+
+def test_a_self_test_is_remembered(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    memory = tmp_path / "wan-fast" / "self-tests.json"
+    calls = []
+
+    def counted(*args, **where):
+        calls.append(1)
+        return Attention8bit("int8")(*args, **where)
+
+    chosen = replace(next(row for row in BACKENDS if row.name == "int8 triton"), make=lambda skip: counted)
+    for _ in range(2):
+        assert first_that_runs([chosen], CPU, torch.bfloat16, 2, 128)[1:] == (counted, [])
+    assert len(calls) == 1 and len(json.loads(memory.read_text())) == 1
+    first_that_runs([chosen], CPU, torch.bfloat16, 2, 64)  # another width is another kernel
+    monkeypatch.setattr(self_test, "version", lambda name: "another")
+    first_that_runs([chosen], CPU, torch.bfloat16, 2, 128)
+    assert len(calls) == 3 and len(json.loads(memory.read_text())) == 3
+    memory.write_text("{ torn")
+    first_that_runs([chosen], CPU, torch.bfloat16, 2, 128)
+    assert len(calls) == 4 and len(json.loads(memory.read_text())) == 1
+    monkeypatch.setattr(Path, "mkdir", lambda *a, **k: raises(PermissionError("read-only")))
+    first_that_runs([chosen], CPU, torch.bfloat16, 2, 64)  # it need not be remembered
+
+
+@pytest.mark.parametrize("fault", ["order", "scale", "nan", "tail"])
+def test_a_backend_that_fails_its_self_test_is_refused_by_name(monkeypatch, tmp_path, fault):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def broken(q, k, v):
+        if fault == "order":
+            return sdpa(q, k, v.roll(1, 1))
+        if fault == "tail":
+            return sdpa(q, k[:, :256], v[:, :256])
+        return sdpa(q * (0.7 if fault == "scale" else float("nan")), k, v)
+
+    row = next(row for row in BACKENDS if row.name == "int8 triton")
+    bad = replace(row, name="broken", make=lambda skip: of_projection(broken))
+    with pytest.raises(WanFastError, match=r"broken does not run here: RuntimeError: its self-test gives .* dB, 30 or more"):
+        first_that_runs([bad], CPU, torch.float32, 2, 128)
+    assert not (tmp_path / "wan-fast" / "self-tests.json").exists()
+    found, _, failures = first_that_runs([bad, row], CPU, torch.float32, 2, 128)
+    assert found is row and failures[0].startswith("broken")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -149,8 +296,14 @@ def test_backends_agree_on_a_gpu(backend, dtype):
     fits = dtype in backend.dtypes and torch.cuda.get_device_capability()[0] in backend.majors
     if not fits or not installed(backend.module):
         pytest.skip(f"{backend.name} does not run here in {dtype}")
+    if backend.eight_bit:
+        chosen = first_that_runs([backend], torch.device("cuda"), torch.bfloat16, 2, 128)[1]
+        qkv, weight, table, where = projection(1000, dtype=torch.bfloat16)
+        qkv, weight, table = qkv.cuda(), weight.cuda(), table.cuda()
+        assert sqnr(chosen(qkv.clone(), weight, table, **where), exact(qkv.float(), weight.float(), table, **where)) >= 30
+        return
     q, k, v = packed(L=1000, K=128, device="cuda", dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
     out = backend.make()(q, k, v)
-    exact = sdpa(q.double(), k.double(), v.double())
+    exactly = sdpa(q.double(), k.double(), v.double())
     assert out.is_contiguous()
-    assert (out - exact).abs().max() <= (2e-2 if dtype == "bf16" else 1e-5)
+    assert (out - exactly).abs().max() <= (2e-2 if dtype == "bf16" else 1e-5)

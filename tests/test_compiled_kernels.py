@@ -48,7 +48,7 @@ def test_kernels_compile_within_budget(capability: int, rows: list[dict[str, Any
     assert len({row["case"] for row in rows}) == sum(len(case.dtypes) for case in REAL_CASES if capability >= case.since)
     for row in rows:
         where = row["case"]
-        assert kind_of(row["kernel"]) in ("wan_fast kernel", "convolution", "matrix product"), (
+        assert kind_of(row["kernel"]) in ("wan_fast kernel", "convolution", "matrix product", "attention"), (
             f"a profile would not know {row['kernel']}"
         )
         assert row["reg"] <= row["budget"], f"{where}: {row['reg']} registers, budget {row['budget']}"
@@ -77,10 +77,28 @@ def test_products_run_on_tensor_cores(capability: int, rows: list[dict[str, Any]
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+def test_attention_in_8_bits(capability: int, rows: list[dict[str, Any]]) -> None:
+    """Its second product is in the values' dtype; sums of e4m3 leave the tensor cores, which keep few bits, after each tile."""
+    held = [row for row in rows if row["capability"] == capability and row["kernel"] == "_attention_8bit_kernel"]
+    for row in held:
+        narrow = "wide-values" not in row["case"]
+        letter = "Q" if narrow else "H"
+        meant = {90: f"{letter}GMMA", 100: f"UTC{letter}MMA"}.get(capability, f"{letter}MMA")
+        assert row["sass"].get(meant), f"{row['case']}: no {meant}"
+        assert bool(row["sass"].get("UTMALDG")) is (narrow and capability >= 90), f"{row['case']}: descriptors from 9.0 on"
+        if narrow and capability != 100 and "64-channels" not in row["case"]:
+            # one per score and one per sum, in the loop and in the tail; where products add to the sums, only those of scores
+            tile = 64 if capability != 90 else 128
+            threads = 32 * row["warps"]
+            assert row["sass"]["FFMA"] >= 2 * 128 * (tile + 128) // threads, f"{row['case']}: {row['sass']['FFMA']} FFMA"
+    assert len(held) >= 2
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_memory_is_moved_128_bits_at_a_time(capability: int, rows: list[dict[str, Any]]) -> None:
     rows = [row for row in rows if row["capability"] == capability]
     held = [row for row in rows if (row["loads"], row["stores"]) != (None, None)]
-    left_open = {"_frames_to_uint8_kernel", "_causal_conv3d_kernel", "_gemm_8bit_kernel"}
+    left_open = {"_frames_to_uint8_kernel", "_causal_conv3d_kernel", "_gemm_8bit_kernel", "_attention_8bit_kernel"}
     assert {row["kernel"] for row in held} == {row["kernel"] for row in rows} - left_open
     for row in held:
         for access, allowed in (("LDG", row["loads"]), ("STG", row["stores"])):

@@ -9,6 +9,7 @@ from models import official_grid, relative_error, write_native
 from safetensors.torch import save_file
 
 import wan_fast
+from bench.quality import emulated
 from wan_fast import Engine, EngineConfig, Request, WanFastError
 from wan_fast.checkpoint import locate
 from wan_fast.engine import DTYPES
@@ -148,8 +149,9 @@ def test_the_backend_that_runs_is_the_one_that_the_plan_names(monkeypatch, caplo
 
     monkeypatch.setattr(module, "sdpa", other)
     engine = Engine(TINY)
-    layers = [getattr(block, name) for block in engine.models["model"].blocks for name in ("self_attn", "cross_attn")]
-    assert all(layer.attention is other for layer in layers)
+    assert all(block.cross_attn.attention is other for block in engine.models["model"].blocks)
+    with pytest.raises(AssertionError, match="only named"):
+        engine.generate(SMALL)
     # as on a Hopper without flash-attn, whose cuDNN refuses
     hopper = replace(engine._setup.device, name="cuda:0", capability=(9, 0))
     monkeypatch.setattr(engine, "_setup", replace(engine._setup, device=hopper, dtype="bf16"))
@@ -166,6 +168,29 @@ def test_the_backend_that_runs_is_the_one_that_the_plan_names(monkeypatch, caplo
     assert tried[0] == "sdpa cudnn" and engine._attention is other
     assert (engine._setup.kernels[0].backend, engine._setup.kernels[0].why) == (tried[1], "sdpa cudnn does not run here: no")
     assert f"attention: sdpa cudnn does not run here: no; {tried[1]}" in caplog.text
+
+
+def test_attention_in_8_bits_runs_where_the_plan_says(monkeypatch, tmp_path):
+    """On a CPU by the references: which steps and blocks take it, and that the clip stays near the exact one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with emulated():
+        engine = Engine(replace(TINY, attention="int8", keep_steps=(1, 0), keep_blocks=2))
+        calls = []
+        for i, block in enumerate(engine.models["model"].blocks):
+            layer = block.self_attn
+            for name in ("attention", "in_8_bits"):
+                inner = getattr(layer, name)
+                if inner is not None:
+                    monkeypatch.setattr(layer, name, lambda *a, i=i, n=name, f=inner, **k: calls.append((i, n)) or f(*a, **k))
+        near = engine.generate(SMALL)
+        exact = Engine(TINY).generate(SMALL)
+    of_step = [calls[start : start + 12] for start in range(0, 36, 12)]
+    assert len(calls) == 36 and [name for _, name in of_step[0]] == ["attention"] * 12
+    for step in of_step[1:]:
+        assert [i for i, name in step if name == "in_8_bits"] == [2, 3] * 2
+    assert [step["attention"] for step in near.stats["plan"]["steps"]] == ["exact", "8-bit", "8-bit"]
+    assert 0 < relative_error(near.latents, exact.latents) < 0.1
+    assert json.loads((tmp_path / "wan-fast" / "self-tests.json").read_text())
 
 
 def test_bf16_stays_near_fp32(engine):

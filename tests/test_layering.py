@@ -18,7 +18,7 @@ LEVELS: list[set[str]] = [
     {"config"},
     {"device", "flags", "headers", "manifest", "names", "steps"},
     {"dialects"},
-    {"schemes", "weights"},
+    {"schemes", "self_test", "weights"},
     {"attention", "parallel", "checkpoint", "lora", "quantize", "roofs", "video"},
     {"dit", "adapters", "vae", "encoders", "backends"},
     {"conditioning", "planning", "sampler", "solver"},

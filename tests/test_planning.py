@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from wan_fast import manifest, planning
-from wan_fast.backends import FUSED, FUSED_8BIT
+from wan_fast.attention import Attention8bit
+from wan_fast.backends import FUSED, FUSED_8BIT, IN_8_BITS, OF_ATTENTION
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import Device, describe
 from wan_fast.dit import WanDiT, grid_of
@@ -36,8 +37,8 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr("wan_fast.kernels.backend", lambda *args: "triton")
     monkeypatch.setattr("wan_fast.kernels.why_no_extension", lambda device: "not built")
 
-    def pretend(gib, model="NVIDIA H100 80GB HBM3"):
-        device = Device(name="cuda:0", model=model, memory=gib * GIB, free=gib * GIB, capability=(9, 0))
+    def pretend(gib, model="NVIDIA H100 80GB HBM3", capability=(9, 0)):
+        device = Device(name="cuda:0", model=model, memory=gib * GIB, free=gib * GIB, capability=capability)
         monkeypatch.setattr(planning, "describe", lambda name: device)
 
     return pretend
@@ -133,13 +134,13 @@ def test_weights_are_those_that_get_loaded(tmp_path):
 @pytest.mark.parametrize("task", ["t2v-1.3B", "ti2v-5B", "t2v-14B"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scaling", ["", "row", "block"])
-def test_denoising_memory_is_what_the_model_takes(task, dtype, scaling):
+def test_denoising_memory_is_what_the_model_takes(task, dtype, scaling, attention=None):
     """Run on meta at the real size: the prediction is at most a fifth above what is alive at once, and never below."""
     spec = TASKS[task]
     shape = spec.vae_spec.latent_shape(spec.default_size, spec.num_frames)
     dims = replace(DiTDims.of_task(spec), num_layers=2)
     with torch.device("meta"):
-        model = WanDiT(dims).requires_grad_(False)
+        model = WanDiT(dims, in_8_bits=attention).requires_grad_(False)
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if stays_fp32(name) else dtype)
         forms = quantized_at_load(dit_shapes(dims), "fp8", scaling, 0) if scaling else {}
@@ -151,11 +152,20 @@ def test_denoising_memory_is_what_the_model_takes(task, dtype, scaling):
 
         def step():
             contexts = [model.prepare([torch.empty(20, dims.text_dim)], grid_of(x.shape)) for _ in range(2)]
-            model(x, torch.empty(1, 1), contexts[0])
+            model(x, torch.empty(1, 1), contexts[0], in_8_bits=bool(attention))
 
         measured = peak_bytes(step)
     size = 2 if dtype == torch.bfloat16 else 4
-    assert measured <= planning._denoise_bytes({"model": dims}, shape, size, True, {"model": forms}) <= 1.2 * measured
+    predicted = planning._denoise_bytes({"model": dims}, shape, size, True, {"model": forms}, bool(attention))
+    assert measured <= predicted <= 1.2 * measured
+
+
+@pytest.mark.parametrize("task", ["t2v-1.3B", "ti2v-5B", "t2v-14B"])
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_memory_of_attention_in_8_bits(task, precision):
+    attention = Attention8bit(precision)
+    test_denoising_memory_is_what_the_model_takes(task, torch.bfloat16, "row", attention)
+    test_denoising_memory_is_what_the_model_takes(task, torch.float32, "", attention)
 
 
 @pytest.mark.parametrize(("version", "latents"), [("2.1", (16, 9, 60, 104)), ("2.2", (48, 9, 44, 80))])
@@ -291,7 +301,7 @@ def test_noise_file_is_checked_before_anything_is_loaded(tmp_path):
 
 
 def test_attention_asked_for_must_be_there(gpu):
-    with pytest.raises(WanFastError, match="needs a GPU"):
+    with pytest.raises(WanFastError, match=r"8\.0 to 12\.x, the device is the CPU; take --attention auto"):
         plan(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", attention="flash"), CAT)
     gpu(80)
     with pytest.raises(WanFastError, match="computes in bf16"):
@@ -301,8 +311,55 @@ def test_attention_asked_for_must_be_there(gpu):
             plan(replace(FIVE, attention="flash"), CAT)
 
 
+@pytest.mark.parametrize(
+    ("capability", "asked", "backend"),
+    [(80, "int8", "int8 triton"), (89, "fp8", "fp8 triton"), (90, "int8", "int8 triton"), (120, "fp8", "fp8 triton")],
+)
+def test_attention_in_8_bits_is_planned(gpu, capability, asked, backend):
+    gpu(80, capability=divmod(capability, 10))
+    exact = plan(FIVE, CAT)
+    todo = plan(replace(FIVE, attention=asked, keep_steps=(3, 1), keep_blocks=2), CAT)
+    wide, narrow = todo.kernels[:2]
+    assert (wide.op, narrow.op, narrow.backend) == ("attention", IN_8_BITS, backend) and wide.backend.startswith("sdpa")
+    assert {*OF_ATTENTION} <= {kernel.op for kernel in todo.kernels} and not {*OF_ATTENTION} & {k.op for k in exact.kernels}
+    assert [step.attention for step in todo.steps] == ["exact"] * 3 + ["8-bit"] * 46 + ["exact"]
+    assert {step.kind for step in todo.steps} == {("model", "run", "run", "exact"), ("model", "run", "run", "8-bit")}
+    half = 46 * 2 * (30 - 4) * 2.0 * todo.tokens**2 * 3072
+    expected = {"int8": half} if capability == 80 else {"fp8": 2 * half} if asked == "fp8" else {"int8": half, "fp8": half}
+    assert todo.flops_8bit == pytest.approx(expected) and todo.flops == exact.flops
+    assert todo.memory.peak["denoise"] >= exact.memory.peak["denoise"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "options", "said"),
+    [
+        (86, {"attention": "fp8"}, "fp8 runs on compute capability 8.9 to 12.x, this GPU has 8.6; take --attention int8"),
+        (90, {"attention": "int8", "dtype": "fp32"}, "int8 computes in bf16, --dtype is fp32"),
+        (100, {"attention": "int8-sm90"}, "9.0 to 9.x, this GPU has 10.0; take --attention auto"),
+        (90, {"attention": "int8", "keep_steps": (25, 25)}, "--keep_steps 25,25 leaves none of 50 steps"),
+        (90, {"attention": "int8", "keep_blocks": 15}, "--keep_blocks 15 at either end leaves none of 30 blocks"),
+        (90, {"attention": "sage", "skip_softmax": 0.1}, "--skip_softmax is for --attention int8 and fp8, not for sage"),
+        (90, {"attention": "sage"}, "sageattention 2: pip install"),
+    ],
+)
+def test_attention_in_8_bits_that_cannot_be(gpu, capability, options, said):
+    gpu(80, capability=divmod(capability, 10))
+    with pytest.raises(WanFastError, match=said):
+        plan(replace(FIVE, **options), CAT)
+
+
+def test_blocks_are_kept_for_attention_and_linears_alike(gpu):
+    gpu(90)
+    kept = plan(replace(FIVE, attention="int8", precision="int8", keep_blocks=3), CAT)
+    rule = plan(replace(FIVE, attention="int8", precision="int8"), CAT)
+    assert rule.flops_8bit["fp8"] / kept.flops_8bit["fp8"] == pytest.approx(30 / 24)
+    assert "24 blocks" in kept.linears and "blocks 0-2, 27-29 are not" in kept.linears
+    with pytest.raises(WanFastError, match="--keep_blocks is for linears in 8 bits"):
+        plan(replace(FIVE, keep_blocks=3), CAT)
+
+
 def test_every_operation_of_the_plan_says_what_runs_it(gpu):
-    assert {*FUSED, *FUSED_8BIT} == set(KERNELS)
+    assert {*FUSED, *FUSED_8BIT, *OF_ATTENTION} == set(KERNELS)
     gpu(80)
     for asked, runs, memory in (("auto", {"triton"}, 1.0), ("reference", {"reference"}, 1.2)):
         todo = plan(replace(FIVE, kernels=asked), CAT)

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 
 from wan_fast import manifest, schemes
 from wan_fast.checkpoint import Checkpoint
-from wan_fast.config import EngineConfig, WanFastError
+from wan_fast.config import ATTENTION_8BIT, EngineConfig
 from wan_fast.device import Device
 from wan_fast.schemes import Form
+
+# those of attention in 8 bits, but for sageattention
+OF_ATTENTION = ("attention_8bit", "keys_center", "qk_norm_rope_quantized", "quantize_values")
+# of two choices of attention the second
+IN_8_BITS = "attention in 8 bits"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,7 @@ def settle_forms(
             {weight: {kind: info.shape for kind, info in kinds.items()} for weight, kinds in part.scales.items()}
             if part
             else {},
+            config.attention in ATTENTION_8BIT,
         )
         how = schemes.described(forms[name], dims.num_layers) if forms[name] else dtype
         said[name] = f"{how} ({why})"
@@ -59,8 +65,11 @@ def settle_forms(
     return forms, "; ".join(f"{name}: {words}" for name, words in said.items())
 
 
-def kernel_plan(config: EngineConfig, device: Device, dtype: str, used: Collection[Form], why: str) -> tuple[KernelChoice, ...]:
-    """The backend of every operation; attention first. `used`: the forms that linears have in 8 bits, and `why`."""
+def kernel_plan(
+    config: EngineConfig, device: Device, dtype: str, head_dim: int, used: Collection[Form], why: str
+) -> tuple[KernelChoice, ...]:
+    """The backend of every operation; attention first, exact before that in 8 bits. `used`: the forms that linears have in 8
+    bits, and `why`."""
     narrow = sorted({form.precision for form in used})
     choices = [_fused(op, config.kernels, device) for op in (*FUSED, *_ops_of(used))]
     # as kernels/gemm_8bit.py chooses
@@ -70,8 +79,11 @@ def kernel_plan(config: EngineConfig, device: Device, dtype: str, used: Collecti
             op="gemm_8bit", backend="cublaslt", why="auto: it sums FP8 in true fp32 here; where scales are per row"
         )
         choices = [said if choice.op == "gemm_8bit" else choice for choice in choices]
+    attention = _attention(config, device, dtype, head_dim)
+    if len(attention) > 1 and attention[1].backend != "sageattention":
+        choices += [_fused(op, config.kernels, device) for op in OF_ATTENTION]
     return (
-        _attention(config.attention, device, dtype),
+        *attention,
         KernelChoice(op="linear", backend=" and ".join([*narrow, f"torch {dtype}"]), why=why),
         *choices,
     )
@@ -87,21 +99,27 @@ def _ops_of(used: Collection[Form]) -> list[str]:
     return ops + (["gemm_8bit_gelu"] if any(form.input != "row" for form in used) else [])
 
 
-def _attention(asked: str, device: Device, dtype: str) -> KernelChoice:
-    if device.type == "cpu":
-        if asked not in ("auto", "sdpa"):
-            raise WanFastError(f"--attention {asked} needs a GPU, the device is {device.name}; take --attention auto")
-        return KernelChoice(op="attention", backend="sdpa", why="PyTorch's own, the one for a CPU")
+def _attention(config: EngineConfig, device: Device, dtype: str, head_dim: int) -> list[KernelChoice]:
+    asked = config.attention
+    if device.type == "cpu" and asked in ("auto", "sdpa"):
+        return [KernelChoice(op="attention", backend="sdpa", why="PyTorch's own, the one for a CPU")]
     from wan_fast.attention import choose
 
-    assert device.capability
-    best = choose(asked, device.capability, dtype)[0]
-    why = (
-        f"auto: the best of what is installed for compute capability {device.capability[0]}.x"
-        if asked == "auto"
-        else "asked for"
-    )
-    return KernelChoice(op="attention", backend=best.name, why=why)
+    # a row for a CPU, if there is one
+    capability = device.capability or (0, 0)
+    if asked not in ATTENTION_8BIT:
+        best = choose(asked, capability, dtype, head_dim)[0]
+        return [KernelChoice(op="attention", backend=best.name, why=_best(capability) if asked == "auto" else "asked for")]
+    best = choose(asked, capability, dtype, head_dim, config.skip_softmax)[0]
+    exact = choose("auto", capability, dtype, head_dim)[0]
+    return [
+        KernelChoice(op="attention", backend=exact.name, why=f"to text, and where it is kept; {_best(capability)}"),
+        KernelChoice(op=IN_8_BITS, backend=best.name, why="asked for"),
+    ]
+
+
+def _best(capability: tuple[int, int]) -> str:
+    return f"auto: the best of what is installed for compute capability {capability[0]}.x"
 
 
 def _fused(op: str, asked: str, device: Device) -> KernelChoice:

@@ -249,7 +249,15 @@ def _say_plan(todo: Plan) -> None:
 
 
 def _say_attention(todo: Plan) -> None:
-    print(f"attention   {todo.kernels[0].backend} ({todo.kernels[0].why})")
+    from wan_fast.backends import IN_8_BITS
+
+    for choice in todo.kernels[:2]:
+        if choice.op == "attention":
+            print(f"attention   {choice.backend} ({choice.why})")
+        elif choice.op == IN_8_BITS:
+            steps = sum(step.attention == "8-bit" for step in todo.steps)
+            kept = f", without {todo.config.keep_blocks} blocks at either end" if todo.config.keep_blocks else ""
+            print(f"in 8 bits   {choice.backend}, in {steps} of {len(todo.steps)} steps{kept} ({choice.why})")
 
 
 def _check_outputs(output: Output, todo: Plan) -> Path:

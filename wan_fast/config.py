@@ -22,6 +22,10 @@ class WanFastError(ValueError):
     """The request cannot be carried out: what is wrong, the value seen, and what to do, in one line."""
 
 
+# values of --attention that compute in 8 bits
+ATTENTION_8BIT = ("int8", "fp8", "sage", "int8-sm90", "fp8-sm90")
+
+
 def option(default: Any, help: str, *flags: str, parse: Callable[[str], Any] | None = None, unit: str = "") -> Any:
     metadata = {"help": help, "flags": flags, "parse": parse, "unit": unit}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
@@ -44,6 +48,14 @@ def parse_guidance(text: str) -> float | tuple[float, float]:
     if len(values) not in (1, 2):
         raise WanFastError(f"--sample_guide_scale must be one number or LOW,HIGH, got {text!r}; for example 5 or 3,4")
     return values[0] if len(values) == 1 else (values[0], values[1])
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """'2' -> (2, 2); '4,1' -> (4, 1), first ones first."""
+    match = re.fullmatch(r"\s*(\d+)\s*(?:,\s*(\d+)\s*)?", text)
+    if not match:
+        raise WanFastError(f"--keep_steps must be one number or FIRST,LAST, got {text!r}; for example 2 or 4,1")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def parse_bytes(text: str) -> int | None:
@@ -97,12 +109,33 @@ class EngineConfig:
         "--scaling",
     )
     keep_blocks: int | None = option(
-        None, "blocks at either end that are not in 8 bits; default: 3 of 40, in proportion", "--keep_blocks", unit="N"
+        None,
+        "blocks at either end that are not in 8 bits; default: for linears 3 of 40, in proportion, for attention none",
+        "--keep_blocks",
+        unit="N",
     )
     vae_dtype: Literal["auto", "bf16", "fp16", "fp32"] = option(
         "auto", "type of the VAE; auto is bf16 on a GPU unless --dtype is fp32, fp32 on a CPU", "--vae_dtype"
     )
-    attention: Literal["auto", "sdpa", "flash", "xformers"] = option("auto", "attention backend", "--attention")
+    attention: Literal["auto", "sdpa", "flash", "xformers", "int8", "fp8", "sage", "int8-sm90", "fp8-sm90"] = option(
+        "auto",
+        "self-attention; auto: the best exact backend; int8, fp8: in 8 bits; sage: SageAttention; -sm90: CUDA C++ for Hopper, "
+        "not measured yet",
+        "--attention",
+    )
+    keep_steps: tuple[int, int] | None = option(
+        None,
+        "first and last steps whose attention is not in 8 bits, N or FIRST,LAST; default: none",
+        "--keep_steps",
+        parse=parse_steps,
+        unit="N",
+    )
+    skip_softmax: float = option(
+        0.0,
+        "in attention in 8 bits, leave out tiles whose weights are all below this part of the row's largest; 0: none",
+        "--skip_softmax",
+        unit="PART",
+    )
     kernels: Literal["auto", "reference"] = option(
         "auto", "auto: the fused kernels, where there is a GPU; reference: their definition in plain PyTorch", "--kernels"
     )
@@ -141,7 +174,16 @@ class EngineConfig:
         if self.precision == "int8" and self.scaling == "tensor":
             raise WanFastError("--scaling tensor is for fp8: an integer's scale is that of its token; take --scaling row")
         _check_choice(self, "vae_dtype", "auto", "bf16", "fp16", "fp32")
-        _check_choice(self, "attention", "auto", "sdpa", "flash", "xformers")
+        _check_choice(self, "attention", "auto", "sdpa", "flash", "xformers", *ATTENTION_8BIT)
+        if self.keep_steps is not None and (len(self.keep_steps) != 2 or min(self.keep_steps) < 0):
+            raise WanFastError(f"--keep_steps must be two numbers of 0 or more, got {self.keep_steps}; for example 2,1")
+        if not 0 <= self.skip_softmax < 1:
+            raise WanFastError(f"--skip_softmax must be from 0 to below 1, got {self.skip_softmax}; for example 0.001")
+        for flag, given in (("--keep_steps", self.keep_steps), ("--skip_softmax", self.skip_softmax)):
+            if given and self.attention not in ATTENTION_8BIT:
+                raise WanFastError(
+                    f"{flag} is for attention in 8 bits, --attention is {self.attention}; add --attention int8, or leave it out"
+                )
         _check_choice(self, "kernels", "auto", "reference")
         if self.vram is not None and self.vram <= 0:
             raise WanFastError(f"--vram must be positive, got {self.vram} bytes")

@@ -18,10 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from wan_fast.attention import Attention8bit
 from wan_fast.dit import WanDiT, grid_of
 from wan_fast.engine import Engine
 from wan_fast.kernels import KERNELS, guidance_step
 from wan_fast.kernels.causal_conv3d import output_shape
+from wan_fast.kernels.qk_norm_rope_quantized import sampled
 from wan_fast.manifest import VaeDims
 from wan_fast.planning import Plan
 from wan_fast.quantize import forms_of, swap
@@ -31,6 +33,7 @@ from wan_fast.vae import WanVAE
 _CLASSES = (
     ("convolution", "causal_conv3d"),
     ("matrix product", "gemm_8bit"),
+    ("attention", "attention_8bit"),
     ("wan_fast kernel", "|".join(["wan_fast", *KERNELS])),
     ("attention", r"scaled_dot_product|flash|fmha|sdpa|attention"),
     ("convolution", r"conv|fprop|dgrad|implicit"),
@@ -63,17 +66,26 @@ class Work:
 def count_work(engine: Engine, todo: Plan) -> dict[tuple[str, str], Work]:
     """(stage, class) -> work of denoising and decoding; what the text encoder does is not counted."""
     work: dict[tuple[str, str], Work] = {}
-    forwards = Counter(step.expert for step in todo.steps for run in (step.conditional, step.unconditional) if run == "run")
+    forwards = Counter(
+        (step.expert, step.attention == "8-bit")
+        for step in todo.steps
+        for run in (step.conditional, step.unconditional)
+        if run == "run"
+    )
     with torch.inference_mode(False), torch.no_grad(), torch.device("meta"):
-        for expert, count in forwards.items():
+        for (expert, in_8_bits), count in forwards.items():
             loaded = engine.models[expert]
             assert isinstance(loaded, WanDiT)
             empty = WanDiT(loaded.dims)
             swap(empty, forms_of(loaded))
             model = _on_meta(loaded, empty)
+            for block, source in zip(model.blocks, loaded.blocks, strict=True):
+                ours = source.self_attn.in_8_bits
+                # another project's is counted as an exact one
+                block.self_attn.in_8_bits = ours if isinstance(ours, Attention8bit) else None
             latents, timestep = torch.empty(1, *todo.latent_shape), torch.empty(1, 1)
             context = model.prepare([torch.empty(1, model.dims.text_dim)], grid_of(latents.shape))
-            for kind, done in counted(partial(model, latents, timestep, context)).items():
+            for kind, done in counted(partial(model, latents, timestep, context, in_8_bits=in_8_bits)).items():
                 work["denoise", kind] = work.get(("denoise", kind), Work()) + done * count
         clip = torch.empty(todo.latent_shape)
         stepped = counted(partial(guidance_step, clip, clip, clip, clip, clip, clip, torch.empty(10)))["wan_fast kernel"]
@@ -101,6 +113,14 @@ def flops_so_far() -> Iterator[Callable[[], float]]:
         yield lambda: sum(done.flops for done in count.work.values())
 
 
+def operations(op: Any, args: Sequence[Any]) -> float:
+    """Operations of those of our operators that are more than a pass over their arguments."""
+    if op is KERNELS["attention_8bit"].op:
+        q, k = args[0], args[2]
+        return 4.0 * q.numel() * k.shape[1]
+    return convolving(op, args) + multiplying(op, args)
+
+
 def convolving(op: Any, args: Sequence[Any]) -> float:
     """Operations of `causal_conv3d`; a lone frame behind zeros takes one of the three taps over time."""
     if op not in (KERNELS["causal_conv3d"].op, KERNELS["causal_conv3d_add"].op):
@@ -122,10 +142,15 @@ def multiplying(op: Any, args: Sequence[Any]) -> float:
 
 def not_touched(op: Any, args: Sequence[Any]) -> float:
     """Bytes of the arguments, as read and as written, that an operator leaves alone."""
-    if op is not KERNELS["qk_norm_rope"].op:
-        return 0
-    x, weight = args[:2]
-    return 2 * x.nbytes * (1 - weight.shape[0] / x.shape[2])
+    if op is KERNELS["qk_norm_rope"].op:
+        x, weight = args[:2]
+        return 2 * x.nbytes * (1 - weight.shape[0] / x.shape[2])
+    if op is KERNELS["qk_norm_rope_quantized"].op:
+        return args[0].nbytes * (1 - 2 / args[0].shape[2])
+    if op is KERNELS["keys_center"].op:
+        L, M = args[0].shape[1:3]
+        return args[0].nbytes * (1 - len(sampled(L)) / (L * M))
+    return -args[0].nbytes if op is KERNELS["quantize_values"].op else 0  # read twice
 
 
 class _Count(TorchDispatchMode):
@@ -139,9 +164,7 @@ class _Count(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
             formula = flop_registry.get(func._overloadpacket)
-            flops = (
-                formula(*args, **(kwargs or {}), out_val=out) if formula else convolving(func, args) + multiplying(func, args)
-            )
+            flops = formula(*args, **(kwargs or {}), out_val=out) if formula else operations(func, args)
             self.add(str(func._schema.name), flops, (args, kwargs, out), less=not_touched(func, args))
             if out is None:  # what it changed it has written
                 written = [a for a, is_ in zip(args, func._schema.arguments, strict=False) if is_.is_write]

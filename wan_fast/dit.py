@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wan_fast.attention import Attention, sdpa
+from wan_fast.attention import Attention, Projected, of_projection, sdpa
 from wan_fast.kernels import Quantizer, patchify, qk_norm_rope, rope_table, unpatchify
 from wan_fast.manifest import DiTDims
 from wan_fast.quantize import Tokens, activated, added_and_modulated, modulated, shared, takes
@@ -42,9 +42,16 @@ class Context:
 
 
 class WanDiT(nn.Module):
-    """Predicts the velocity noise - x0 of a noisy latent clip."""
+    """Predicts the velocity noise - x0 of a noisy latent clip.
 
-    def __init__(self, dims: DiTDims, attention: Attention = sdpa) -> None:
+    Args:
+        dims: its sizes.
+        attention: exact, of video to video and to text.
+        in_8_bits: of the video's tokens, in forwards that ask for it; None where there is none.
+        keep: blocks at either end whose attention is always exact.
+    """
+
+    def __init__(self, dims: DiTDims, attention: Attention = sdpa, in_8_bits: Projected | None = None, keep: int = 0) -> None:
         super().__init__()
         D = dims.dim
         self.dims = dims
@@ -52,10 +59,14 @@ class WanDiT(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(dims.text_dim, D), nn.GELU("tanh"), nn.Linear(D, D))
         self.time_embedding = nn.Sequential(nn.Linear(dims.freq_dim, D), nn.SiLU(), nn.Linear(D, D))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
-        self.blocks: Iterable[Block] = nn.ModuleList(Block(dims, attention) for _ in range(dims.num_layers))  # type: ignore[assignment]
+        self.blocks: Iterable[Block] = nn.ModuleList(  # type: ignore[assignment]
+            Block(dims, attention, in_8_bits if keep <= i < dims.num_layers - keep else None) for i in range(dims.num_layers)
+        )
         self.head = Head(dims)
 
-    def forward(self, latents: Tensor, timestep: Tensor, context: Context, *, split: int = 0) -> Tensor:
+    def forward(
+        self, latents: Tensor, timestep: Tensor, context: Context, *, split: int = 0, in_8_bits: bool = False
+    ) -> Tensor:
         """Velocity of a noisy clip.
 
         Args:
@@ -63,6 +74,7 @@ class WanDiT(nn.Module):
             timestep: [B, R] fp32, in 0 .. 1000, with R of 1 or 2.
             context: what `prepare` returned for this text and grid.
             split: tokens before it take timestep row 0, the rest row 1, where R is 2.
+            in_8_bits: self-attention is in 8 bits in the blocks that have it.
 
         Returns:
             [B, C, T, H, W] fp32.
@@ -80,7 +92,7 @@ class WanDiT(nn.Module):
         for block, table, keys_values, then, to in zip(
             self.blocks, tables, context.keys_values, following, [*others, torch.float32], strict=True
         ):
-            y = block(x, y, table, split, context, keys_values, then, to)
+            y = block(x, y, table, split, context, keys_values, then, to, in_8_bits)
         T, H, W = latents.shape[2:]
         return unpatchify(self.head.head(y), (T, H, W))
 
@@ -114,11 +126,11 @@ class WanDiT(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and last modulated and gated by the timestep."""
 
-    def __init__(self, dims: DiTDims, attention: Attention) -> None:
+    def __init__(self, dims: DiTDims, attention: Attention, in_8_bits: Projected | None) -> None:
         super().__init__()
         self.eps = dims.eps
         self.modulation = nn.Parameter(torch.empty(1, 6, dims.dim))
-        self.self_attn = SelfAttention(dims, attention)
+        self.self_attn = SelfAttention(dims, attention, in_8_bits)
         self.norm3 = nn.LayerNorm(dims.dim, dims.eps)
         self.cross_attn = CrossAttention(dims, attention)
         self.ffn = FeedForward(nn.Linear(dims.dim, dims.ffn_dim), nn.GELU("tanh"), nn.Linear(dims.ffn_dim, dims.dim))
@@ -133,6 +145,7 @@ class Block(nn.Module):
         keys_values: KeysValues,
         following: tuple[Tensor, Tensor],
         to: torch.dtype | Quantizer,
+        in_8_bits: bool,
     ) -> Tokens:
         """One block, and the norm after it.
 
@@ -144,6 +157,7 @@ class Block(nn.Module):
             keys_values: of this block.
             following: shift and scale [B, R, D] fp32 of the norm after the block.
             to: what the linear that follows takes.
+            in_8_bits: as in `WanDiT.forward`.
 
         Returns:
             [B, L, D]: the new x, normed and modulated for what follows.
@@ -151,7 +165,7 @@ class Block(nn.Module):
         _, _, gate1, shift2, scale2, gate2 = table.unbind(2)
         weight, bias = (t.expand(x.shape[0], 1, -1) for t in (self.norm3.weight, self.norm3.bias))
         own: dict[str, Any] = {"split": split, "eps": self.eps}
-        y = self.self_attn(y, context)
+        y = self.self_attn(y, context, in_8_bits)
         y = added_and_modulated(x, y, gate1, bias, weight, takes(self.cross_attn.q), affine=True, **own)
         y = self.cross_attn(y, keys_values)
         y = added_and_modulated(x, y, None, shift2, scale2, takes(self.ffn[0]), **own)
@@ -183,24 +197,24 @@ class SelfAttention(nn.Module):
     """Over the video's tokens. q, k and v are one projection, and q's and k's norms one parameter; a state dict has them
     apart, under their native names, and either form is loaded."""
 
-    def __init__(self, dims: DiTDims, attention: Attention) -> None:
+    def __init__(self, dims: DiTDims, attention: Attention, in_8_bits: Projected | None = None) -> None:
         super().__init__()
         self.heads = (dims.num_heads, dims.head_dim)
         self.eps = dims.eps
-        self.attention = attention
+        self.attention = of_projection(attention)
+        self.in_8_bits = in_8_bits
         self.qkv = nn.Linear(dims.dim, 3 * dims.dim)
         self.norm_qk = nn.Parameter(torch.empty(2 * dims.dim))
         self.o = nn.Linear(dims.dim, dims.dim)
         self.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: fuse(state, prefix))
         self.register_state_dict_post_hook(lambda module, state, prefix, _: unfuse(state, prefix))
 
-    def forward(self, x: Tokens, context: Context) -> Tensor:
+    def forward(self, x: Tokens, context: Context, in_8_bits: bool = False) -> Tensor:
         """[B, L, D], as `qkv` takes it, -> [B, L, D] in the compute dtype."""
         qkv = self.qkv(x).unflatten(-1, (3, -1))  # [B, L, 3, D]
-        weight = self.norm_qk.view(2, -1)
-        qk_norm_rope(qkv, weight, context.table, grid=context.grid, heads=self.heads[0], eps=self.eps)
-        q, k, v = qkv.unflatten(-1, self.heads).unbind(2)
-        return self.o(self.attention(q, k, v).flatten(2))
+        attention = self.in_8_bits if in_8_bits and self.in_8_bits else self.attention
+        weight, heads = self.norm_qk.view(2, -1), self.heads[0]
+        return self.o(attention(qkv, weight, context.table, grid=context.grid, heads=heads, eps=self.eps).flatten(2))
 
 
 _FUSED = {

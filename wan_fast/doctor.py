@@ -12,6 +12,7 @@ from wan_fast import schemes
 from wan_fast.backends import kernel_plan
 from wan_fast.config import EngineConfig
 from wan_fast.device import describe, gpu_list
+from wan_fast.manifest import HEAD_DIM
 
 _NEEDED = (
     *("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
@@ -60,5 +61,5 @@ def _kernels() -> dict[str, str]:
     reasons = {precision: schemes.computes(precision, device.capability) for precision in schemes.NAMES}
     said = ", ".join(f"--precision {precision}: {reason or 'possible'}" for precision, reason in reasons.items())
     able = [schemes.Form(precision) for precision, reason in reasons.items() if not reason]
-    choices = kernel_plan(EngineConfig(task="ti2v-5B"), device, dtype, able, said)
+    choices = kernel_plan(EngineConfig(task="ti2v-5B"), device, dtype, HEAD_DIM, able, said)
     return {choice.op: f"{choice.backend} ({choice.why})" for choice in choices}

@@ -17,10 +17,11 @@ from torch.profiler import record_function
 
 from wan_fast import checkpoint as checkpoints
 from wan_fast import manifest, video
-from wan_fast.attention import Attention, choose, first_that_runs, sdpa
+from wan_fast.attention import Attention, Projected, choose, first_that_runs, sdpa
+from wan_fast.backends import IN_8_BITS
 from wan_fast.checkpoint import Packed, Part
 from wan_fast.conditioning import PREPARE, Conditioning
-from wan_fast.config import EngineConfig, Request, WanFastError
+from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request, WanFastError
 from wan_fast.dit import Context, WanDiT, fuse, grid_of
 from wan_fast.encoders import TextEncoder, Tokenizer
 from wan_fast.kernels import only_reference
@@ -164,7 +165,8 @@ class Engine:
             if (step.expert, branch) not in contexts:
                 contexts[step.expert, branch] = model.prepare([conditioning.text[branch]], grid_of(latents.shape))
             context = contexts[step.expert, branch]
-            return model(latents[None], timesteps[step.index], context, split=conditioning.split)[0]
+            in_8_bits = step.attention == "8-bit"
+            return model(latents[None], timesteps[step.index], context, split=conditioning.split, in_8_bits=in_8_bits)[0]
 
         def report(step: Step) -> None:
             progress("denoise", step.index + 1, step.total)
@@ -212,21 +214,33 @@ class Engine:
         return torch.randn(todo.latent_shape, generator=generator, device=self.device)
 
     def _settle_attention(self) -> None:
-        """Take the planned backend if it runs, else the next that may stand for it; the plan then says so."""
+        """Take the planned backends if they run, else the next that may stand for them; the plan then says so."""
         self._attention: Attention = sdpa
-        if self.device.type == "cpu":
-            return
-        opened, device = self._setup.checkpoint, self._setup.device
-        assert opened is not None and device.capability
+        self._attention_8bit: Projected | None = None
+        opened, config = self._setup.checkpoint, self.config
+        assert opened is not None
         expert = next(iter(opened.experts.values()))
         dims = manifest.DiTDims.of_shapes(expert.shapes, expert.config)
-        rows = choose(self.config.attention, device.capability, self._setup.dtype)
-        row, self._attention, failures = first_that_runs(rows, self.device, self.dtype, dims.num_heads, dims.head_dim)
-        logging.getLogger(__name__).info("attention: %s", "; ".join([*failures, row.name]))
+        narrow = config.attention in ATTENTION_8BIT
+        if self.device.type == "cuda":
+            self._attention = self._settle("attention", "auto" if narrow else config.attention, dims)
+        if narrow:
+            with torch.inference_mode(), only_reference(config.kernels == "reference"):
+                self._attention_8bit = self._settle(IN_8_BITS, config.attention, dims)
+
+    def _settle(self, op: str, asked: str, dims: manifest.DiTDims) -> Any:
+        """The attention of `asked` that runs."""
+        capability, skip = self._setup.device.capability or (0, 0), self.config.skip_softmax
+        rows = choose(asked, capability, self._setup.dtype, dims.head_dim)
+        row, attention, failures = first_that_runs(rows, self.device, self.dtype, dims.num_heads, dims.head_dim, skip)
+        logging.getLogger(__name__).info("%s: %s", op, "; ".join([*failures, row.name]))
         if failures:
-            planned, *others = self._setup.kernels
-            said = replace(planned, backend=row.name, why="; ".join(failures))
-            self._setup = replace(self._setup, kernels=(said, *others))
+            settled = [
+                replace(choice, backend=row.name, why="; ".join(failures)) if choice.op == op else choice
+                for choice in self._setup.kernels
+            ]
+            self._setup = replace(self._setup, kernels=tuple(settled))
+        return attention
 
     # --- models and where they are ------------------------------------------------------------------------------------
 
@@ -263,7 +277,7 @@ class Engine:
         }
         for name, part in opened.experts.items():
             self.models[name] = load_model(
-                partial(WanDiT, dims[name], self._attention),
+                partial(WanDiT, dims[name], self._attention, self._attention_8bit, config.keep_blocks or 0),
                 part,
                 home,
                 lambda name: torch.float32 if manifest.stays_fp32(name) else self.dtype,

@@ -18,11 +18,11 @@ from wan_fast import checkpoint as checkpoints
 from wan_fast import manifest, schemes
 from wan_fast.backends import KernelChoice, kernel_plan, settle_forms
 from wan_fast.checkpoint import Checkpoint
-from wan_fast.config import EngineConfig, Request, Resolved, WanFastError, resolve
+from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request, Resolved, WanFastError, resolve
 from wan_fast.device import Device, describe
 from wan_fast.headers import read_safetensors_header
 from wan_fast.schemes import Form
-from wan_fast.steps import Step, step_plan
+from wan_fast.steps import Step, in_8_bits, step_plan
 from wan_fast.tasks import PATCH, TILE_HALO, TaskSpec
 from wan_fast.video import image_size
 
@@ -138,7 +138,12 @@ def set_up(config: EngineConfig) -> Setup:
     # last: on a GPU it has to import torch
     forms, linears = settle_forms(config, device, dtype, opened)
     used = {form for by_linear in forms.values() for form in by_linear.values()}
-    kernels = kernel_plan(config, device, dtype, used, linears)
+    dims = next(iter(_Models.of(config.spec, opened).experts.values()))
+    kernels = kernel_plan(config, device, dtype, dims.head_dim, used, linears)
+    if config.attention in ATTENTION_8BIT and config.keep_blocks and 2 * config.keep_blocks >= dims.num_layers:
+        raise WanFastError(
+            f"--keep_blocks {config.keep_blocks} at either end leaves none of {dims.num_layers} blocks; take a smaller number"
+        )
     return Setup(
         device=device,
         dtype=dtype,
@@ -181,6 +186,14 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None) -> 
         _check_noise(Path(todo.noise), latent_shape)
     tokens = prod(latent_shape[1:]) // prod(PATCH)
     steps = step_plan(spec, todo.solver, todo.num_steps, todo.shift, todo.guidance_scale)
+    if config.attention in ATTENTION_8BIT:
+        keep = config.keep_steps or (0, 0)
+        if sum(keep) >= len(steps):
+            raise WanFastError(
+                f"--keep_steps {keep[0]},{keep[1]} leaves none of {len(steps)} steps in 8 bits; take smaller numbers, or "
+                "--attention auto"
+            )
+        steps = in_8_bits(steps, keep)
     models = _Models.of(spec, opened)
     memory = _memory_plan(config, models, setup, latent_shape, todo)
     flops = _flops(models, steps, latent_shape, tokens, todo)
@@ -205,7 +218,7 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None) -> 
         memory=memory,
         kernels=setup.kernels,
         flops=flops,
-        flops_8bit=_flops_8bit(models, setup.forms, steps, tokens),
+        flops_8bit=_flops_8bit(models, setup, config, steps, tokens),
         warnings=tuple(warnings),
     )
 
@@ -271,7 +284,7 @@ def _memory_plan(
     at_work = {"text": ["text encoder"], "denoise": dits, "decode": ["VAE"]}
     working = {
         "text": _text_bytes(models.text, size),
-        "denoise": _denoise_bytes(models.experts, latent_shape, size, fused, setup.forms),
+        "denoise": _denoise_bytes(models.experts, latent_shape, size, fused, setup.forms, config.attention in ATTENTION_8BIT),
     }
     if request.image is not None:
         at_work["encode"] = ["VAE"]
@@ -335,6 +348,7 @@ def _denoise_bytes(
     size: int,
     fused: bool,
     forms: Mapping[str, Mapping[str, Form]],
+    attention_8bit: bool,
 ) -> int:
     """Peak working bytes of a step: the residual stream, the larger of attention and feed-forward, text keys and values.
 
@@ -346,6 +360,9 @@ def _denoise_bytes(
         D, F, S = dims.dim, dims.ffn_dim, dims.text_len
         # the normed stream, q, k and v, what attention returns and its projection
         attention = L * D * 6 * size if fused else L * D * (5 * size + 12) + L * dims.head_dim * 4
+        if attention_8bit:  # q, k and v once more with their scales, before the projection; the references hold fp32 copies
+            in_8_bits = 5 * size * D + 3 * D + 12 * dims.num_heads
+            attention = max(attention, L * (in_8_bits if fused else in_8_bits + 24 * D))
         # what the block was given is held by its caller
         feed_forward = L * (3 * D * size + F * size)
         down = forms.get(name, {}).get(f"blocks.{dims.num_layers // 2}.ffn.2")
@@ -463,11 +480,13 @@ def _flops(
     return flops
 
 
-def _flops_8bit(
-    models: _Models, forms: Mapping[str, Mapping[str, Form]], steps: tuple[Step, ...], tokens: int
-) -> dict[str, float]:
+def _flops_8bit(models: _Models, setup: Setup, config: EngineConfig, steps: tuple[Step, ...], tokens: int) -> dict[str, float]:
     """Of the FLOPs of all steps those in 8 bits, by precision."""
     flops: dict[str, float] = {}
+    forms = setup.forms
+    # queries by keys, and weights by values: in e4m3, where there is FP8
+    scores = "fp8" if config.attention.startswith("fp8") else "int8"
+    products = (scores, "fp8") if not setup.device.capability or setup.device.capability >= (8, 9) else (scores,)
     for step in steps:
         shapes = manifest.dit_shapes(models.experts[step.expert])
         per_forward: dict[str, float] = {}
@@ -476,6 +495,11 @@ def _flops_8bit(
             form = forms.get(step.expert, {}).get(linear)
             if form and not linear.endswith(("cross_attn.k", "cross_attn.v")):  # those are computed once
                 per_forward[form.precision] = per_forward.get(form.precision, 0) + 2.0 * tokens * prod(shape)
+        if step.attention == "8-bit":
+            dims = models.experts[step.expert]
+            for product in products:
+                count = 2.0 * tokens * tokens * dims.dim * (dims.num_layers - 2 * (config.keep_blocks or 0))
+                per_forward[product] = per_forward.get(product, 0) + count
         for precision, count in per_forward.items():
             times = (step.conditional == "run") + (step.unconditional == "run")
             flops[precision] = flops.get(precision, 0) + times * count

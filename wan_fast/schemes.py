@@ -150,6 +150,7 @@ def settle(
     shapes: Shapes,
     precisions: Mapping[str, str],
     scales: Mapping[str, Mapping[str, tuple[int, ...]]],
+    keeps_attention: bool = False,
 ) -> tuple[dict[str, Form], str]:
     """The forms of a DiT's linears, and why, in a few words.
 
@@ -159,6 +160,7 @@ def settle(
         keep: blocks at either end that are not to be quantised; None for the rule.
         capability: of the GPU; None for a CPU.
         shapes, precisions, scales: as for `as_stored`.
+        keeps_attention: `keep` is for attention too, and need not be of use here.
 
     Raises:
         WanFastError: what is asked for cannot be, with what to do.
@@ -170,7 +172,7 @@ def settle(
         raise WanFastError(f"--precision {asked}: {reason}; take --precision {'auto' if held else [*able, 'bf16'][0]}")
     lacking = computes(held[0], capability) if held and asked == "auto" else ""
     if asked == "bf16" or not (held or asked in NAMES) or lacking:
-        for flag, given in (("--scaling", scaling != "auto"), ("--keep_blocks", keep is not None)):
+        for flag, given in (("--scaling", scaling != "auto"), ("--keep_blocks", keep is not None and not keeps_attention)):
             if given:
                 raise WanFastError(
                     f"{flag} is for linears in 8 bits, and there are none here: --precision is {asked}; leave it out"
@@ -182,7 +184,7 @@ def settle(
         raise WanFastError("the checkpoint has both FP8 and INT8 linears; take --precision bf16, or one of a single precision")
     if held:
         return _settle_stored(
-            asked, scaling, keep, held[0], as_stored(shapes, precisions, scales)
+            asked, scaling, None if keeps_attention else keep, held[0], as_stored(shapes, precisions, scales)
         ), "as the checkpoint has them"
     if scaling == "tensor":
         raise WanFastError(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import expm1, inf, log
 
 from wan_fast.tasks import NUM_TRAIN_TIMESTEPS, TaskSpec
@@ -22,7 +22,8 @@ from wan_fast.tasks import NUM_TRAIN_TIMESTEPS, TaskSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One denoising step. `timestep` is what the model sees, `sigma` and `next_sigma` what the solver uses."""
+    """One denoising step. `timestep` is what the model sees, `sigma` and `next_sigma` what the solver uses; `attention` is
+    "exact" or "8-bit", which self-attention then is where the model has it."""
 
     index: int
     total: int
@@ -33,13 +34,14 @@ class Step:
     guidance_scale: float
     conditional: str = "run"
     unconditional: str = "run"
+    attention: str = "exact"
     corrector: tuple[float, float, float, float] | None
     predictor: tuple[float, float, float]
 
     @property
-    def kind(self) -> tuple[str, str, str]:
+    def kind(self) -> tuple[str, str, str, str]:
         """What is computed: steps of one kind run the same kernels."""
-        return self.expert, self.conditional, self.unconditional
+        return self.expert, self.conditional, self.unconditional, self.attention
 
 
 def sigma_grid(solver: str, num_steps: int, shift: float) -> tuple[float, ...]:
@@ -86,6 +88,12 @@ def step_plan(spec: TaskSpec, solver: str, num_steps: int, shift: float, guidanc
             )
         )
     return tuple(steps)
+
+
+def in_8_bits(steps: Sequence[Step], keep: tuple[int, int]) -> tuple[Step, ...]:
+    """The plan with attention in 8 bits, but for the first and last steps that `keep` counts."""
+    first, last = keep
+    return tuple(replace(step, attention="8-bit") if first <= step.index < len(steps) - last else step for step in steps)
 
 
 def _predictor(sigmas: Sequence[float], lam: Sequence[float], i: int, order: int) -> tuple[float, float, float]:
