@@ -379,7 +379,7 @@ def attention_8bit(
     lse: bool = False,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of quantised queries and keys.
+    """Attention of quantised queries and keys. There is no mask: every query sees every key.
 
     Args:
         q: [B, L, N, K] int8 or float8_e4m3fn, contiguous, K of 64 or 128.
@@ -408,7 +408,7 @@ def attention_8bit(
     _check.shapes(op, "q [B, L, N, K] and k [B, S, N, K]", fits, q=q, k=k)
     (B, L, N, K), S = q.shape, k.shape[1]
     if K not in (64, 128):
-        raise ValueError(f"{op} has head widths 64 and 128, got {K}; take attention in bf16")
+        raise ValueError(f"{op} wants heads of a width of 64 or 128, got {K}; take attention in bf16")
     _check.dtypes(op, EIGHT_BITS, q=q)
     _check.dtypes(op, (q.dtype,), k=k)
     fits = q_scale.shape == (B, N, L) and k_scale.shape == (B, N, S)

@@ -11,11 +11,12 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ import torch
 import triton
 from kernel_cases import REAL_CASES
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import sm_arch_from_capability
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from wan_fast.kernels import KERNELS
 
+LINE = re.compile(r"^\s+/\*[0-9a-f]+\*/.*$", re.MULTILINE)
 # "        /*00a0*/              @P1 IADD3.X R11, ..." -> IADD3
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
 # loads and stores of global memory: " LDG.E.EF.128.CONSTANT R4, ..." -> LDG, 128; without a width it is 32, or less
@@ -67,15 +70,36 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-@cache
-def usage(kernel: Any) -> dict[str, Any]:
+def instructions(cubin: bytes) -> bytes:
+    """The sections of an ELF file that a processor executes."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count = struct.unpack_from("<HH", cubin, 58)
+    # name, type, flags, address, offset, bytes
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * size) for i in range(count)]
+    return b"".join(cubin[offset : offset + length] for _, _, flags, _, offset, length in sections if flags & 4)
+
+
+def listings(cubins: list[bytes], capability: int) -> list[str]:
+    """The disassembly of each; all in one run of the tool, which takes longer to start than for any of them."""
+    codes = [instructions(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile(suffix=".bin") as file:
+        file.write(b"".join(codes))
+        file.flush()
+        target = sm_arch_from_capability(capability).replace("sm_", "SM")
+        lines = LINE.findall(tool("nvdisasm", "--no-dataflow", "--binary", target, file.name))
+    # an instruction has 16 bytes
+    ends = list(itertools.accumulate(len(code) // 16 for code in codes))
+    assert ends[-1] == len(lines)
+    return ["\n".join(lines[start:end]) for start, end in itertools.pairwise([0, *ends])]
+
+
+def usage(kernel: Any, listing: str) -> dict[str, Any]:
     """Registers, stack and local bytes per thread, shared bytes and warps per block, how often each instruction occurs, and
     how often loads and stores of each width in bits: {"LDG": {128: 4}}."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         resources = tool("cuobjdump", "-res-usage", file.name)
-        listing = tool("nvdisasm", file.name)
     numbers = {key.lower(): int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", resources)}
     widths: dict[str, Counter[int]] = {"LDG": Counter(), "STG": Counter()}
     for access, suffixes in ACCESS.findall(listing):
@@ -91,14 +115,12 @@ def usage(kernel: Any) -> dict[str, Any]:
     }
 
 
-def main(capabilities: list[int]) -> None:
-    compiled: list[Any] = []
-    compile_only(compiled)
-    rows = []
-    for capability, case in itertools.product(capabilities, REAL_CASES):
+def compiled(capability: int, record: list[Any]) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+    """What is asked of every case in each of its dtypes, and the kernels that it launches."""
+    driver.set_active(TargetOnly(capability))
+    for case in REAL_CASES:
         for dtype in case.dtypes if capability >= case.since else ():
-            driver.set_active(TargetOnly(capability))
-            compiled.clear()
+            record.clear()
             KERNELS[case.op].launch(*case.inputs(dtype))
             facts = {
                 "case": f"{case.op}-{case.id}-{str(dtype).removeprefix('torch.')} on sm_{capability}",
@@ -109,7 +131,20 @@ def main(capabilities: list[int]) -> None:
                 "most": case.shared,
                 "products": case.products if dtype == torch.bfloat16 else "",
             }
-            rows += [facts | usage(kernel) for kernel in compiled]
+            yield facts, list(record)
+
+
+def main(capabilities: list[int]) -> None:
+    record: list[Any] = []
+    compile_only(record)
+    rows = []
+    for capability in capabilities:
+        found = list(compiled(capability, record))
+        # Triton returns the same object for a launch that it has compiled before
+        kernels = list({kernel: None for _, launched in found for kernel in launched})
+        texts = listings([kernel.asm["cubin"] for kernel in kernels], capability)
+        used = {kernel: usage(kernel, text) for kernel, text in zip(kernels, texts, strict=True)}
+        rows += [facts | used[kernel] for facts, launched in found for kernel in launched]
     json.dump(rows, sys.stdout)
 
 

@@ -638,10 +638,8 @@ def run(kernel: Kernel, body: Callable[..., Any], args: tuple[Any, ...]) -> list
     returned = body(*own)
     outputs = (returned,) if isinstance(returned, Tensor) else [t for t in returned or () if t is not None]
     if kernel.name == "qk_norm_rope_quantized":
-        outputs = [
-            *outputs,
-            dequantized(outputs[0], outputs[1].transpose(2, 3).clone(memory_format=torch.contiguous_format)[..., None]),
-        ]
+        values = dequantized(outputs[0], outputs[1].transpose(2, 3)[..., None])
+        outputs = [*outputs, values.clone(memory_format=torch.contiguous_format)]
     elif kernel.name == "quantize_values":
         values, scale, center = outputs
         outputs = [*outputs, (values.to(scale.dtype) * scale[..., None] + center[..., None])[..., : args[0].shape[1]]]

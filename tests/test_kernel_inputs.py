@@ -6,6 +6,7 @@ import torch
 from wan_fast import kernels
 
 B, L, D, N, K = 2, 6, 96, 4, 24
+FP8 = torch.float8_e4m3fn
 GRID = (1, 2, 3)
 
 
@@ -41,7 +42,36 @@ def good(op):
         "rms_norm_silu": {"x": frames(3, 5, 4, 6), "gamma": torch.ones(5)},
         "rms_norm_silu_": {"x": frames(3, 5, 4, 6), "gamma": torch.ones(5)},
         "frames_to_uint8": {"frames": frames(2, 12, 4, 6)},
+        "attention_8bit": attend(),
+        "keys_center": projected(),
+        "qk_norm_rope_quantized": {**projected(), "center": torch.ones(B, N, K), "dtype": torch.int8},
+        "quantize_values": {"v": torch.ones(B, L, 3, N, 32)[:, :, 2]},
     }[op]
+
+
+def projected():
+    return {
+        "x": torch.ones(B, L, 3, D),
+        "weight": torch.ones(2, D),
+        "table": kernels.rope_table(3, K),
+        "grid": GRID,
+        "heads": N,
+    }
+
+
+def attend(S=5, narrow=True):
+    """Queries, keys and values of 2 heads of 64."""
+    values = torch.ones(B, 2, 64, 16).to(FP8) if narrow else torch.ones(B, S, 3, 2, 64).bfloat16()[:, :, 2]
+    scales = {"v_scale": torch.ones(B, 2, 64), "v_center": torch.ones(B, 2, 64)} if narrow else {}
+    return {
+        "q": torch.ones(B, L, 2, 64).to(torch.int8),
+        "q_scale": torch.ones(B, 2, L),
+        "k": torch.ones(B, S, 2, 64).to(torch.int8),
+        "k_scale": torch.ones(B, 2, S),
+        "v": values,
+        **scales,
+        "dtype": torch.bfloat16,
+    }
 
 
 def frames(*shape):
@@ -137,6 +167,49 @@ BAD = [
     ("rms_norm_silu", {"gamma": torch.ones(4)}, r"x \[F, C, H, W\] and gamma \[C\]; .*gamma \(4,\)"),
     ("rms_norm_silu", {"x": torch.ones(3, 5, 4, 6)}, r"channels innermost"),
     ("rms_norm_silu_", {"x": frames(3, 5, 4, 6).double()}, r"x in float32 .*got float64"),
+    ("attention_8bit", {"q": torch.ones(B, L, 2, 128).to(torch.int8)}, r"q \[B, L, N, K\] and k .*got q \(2, 6, 2, 128\), k"),
+    ("attention_8bit", {"k": torch.ones(B, 0, 2, 64).to(torch.int8)}, r"k \[B, S, N, K\].*k \(2, 0, 2, 64\)"),
+    ("attention_8bit", {"q": torch.ones(B, L, 2, 64)}, r"q in float8_e4m3fn or int8, got float32"),
+    ("attention_8bit", {"k": torch.ones(B, 5, 2, 64).to(FP8)}, r"k in int8, got float8_e4m3fn"),
+    ("attention_8bit", {"k": turned(B, 5, 2, 64).to(torch.int8)}, r"k contiguous"),
+    (
+        "attention_8bit",
+        {"q_scale": torch.ones(B, L, 2)},
+        r"q_scale \(2, 2, 6\) and k_scale \(2, 2, 5\); got q_scale \(2, 6, 2\)",
+    ),
+    ("attention_8bit", {"k_scale": torch.ones(B, 2, 5).half()}, r"k_scale in float32, got float16"),
+    ("attention_8bit", {"v": torch.ones(B, 2, 64, 5).to(FP8)}, r"v \(2, 2, 64, 16\); got v \(2, 2, 64, 5\)"),
+    ("attention_8bit", {"v": torch.ones(B, 2, 64, 16).bfloat16()}, r"v in float8_e4m3fn, got bfloat16"),
+    ("attention_8bit", {"v_scale": torch.ones(B, 2, 63)}, r"v_scale and v_center \(2, 2, 64\)"),
+    ("attention_8bit", {"v_center": None}, r"v_scale and v_center together"),
+    (
+        "attention_8bit",
+        {"v": attend(narrow=False)["v"].float(), "v_scale": None, "v_center": None},
+        r"v in bfloat16 or float16",
+    ),
+    (
+        "attention_8bit",
+        {"v": torch.ones(B, 5, 64, 2).bfloat16().mT, "v_scale": None, "v_center": None},
+        r"v \[B, S, N, K\] dense along N and K, got strides",
+    ),
+    ("attention_8bit", {**attend(narrow=False), "v_scale": None, "v_center": None, "interleaved": True}, r"interleaved values"),
+    ("attention_8bit", {"skip": 1.0}, r"skip from 0 to below 1, got 1.0"),
+    ("attention_8bit", {"dtype": torch.float64}, r"result in .*got float64"),
+    ("keys_center", {"weight": torch.ones(1, D)}, r"weight \[2, D\], of queries and keys; got weight \(1, 96\)"),
+    ("keys_center", {"x": torch.ones(B, L, 1, D)}, r"P <= M"),
+    ("keys_center", {"offset": 1}, r"from number 1 on"),
+    ("qk_norm_rope_quantized", {"center": torch.ones(B, K, N)}, r"center \(2, 4, 24\); got center \(2, 24, 4\)"),
+    ("qk_norm_rope_quantized", {"center": torch.ones(B, N, K).half()}, r"center in float32, got float16"),
+    ("qk_norm_rope_quantized", {"dtype": torch.bfloat16}, r"result in float8_e4m3fn or int8, got bfloat16"),
+    ("qk_norm_rope_quantized", {"x": turned(B, L, 3, D)}, r"x contiguous"),
+    (
+        "quantize_values",
+        {"v": torch.ones(B, 0, N, 32)},
+        r"v \[B, S, N, K\] with S of 1 or more and K a power of 2; got v \(2, 0, 4, 32\)",
+    ),
+    ("quantize_values", {"v": torch.ones(B, L, N, K)}, r"K a power of 2; got v \(2, 6, 4, 24\)"),
+    ("quantize_values", {"v": torch.ones(B, L, 32, N).mT}, r"v dense along N and K, got strides"),
+    ("quantize_values", {"v": torch.ones(B, L, N, 32).double()}, r"v in float32 .*got float64"),
     ("frames_to_uint8", {"frames": frames(2, 6, 4, 6)}, r"frames \[F, 3 p p, h, w\]; got frames \(2, 6, 4, 6\)"),
 ]
 
@@ -154,6 +227,16 @@ def test_what_is_wrong_is_refused(op, change, said):
         getattr(kernels, op)(**arguments)
     for name, value in before.items():
         assert torch.equal(arguments[name], value)
+
+
+def test_a_head_width_that_is_not_there_is_refused():
+    q = torch.ones(B, L, 2, 96).to(torch.int8)
+    with pytest.raises(ValueError, match="attention_8bit wants heads of a width of 64 or 128, got 96; take attention in bf16"):
+        kernels.attention_8bit(**attend() | {"q": q, "k": q[:, :5].contiguous()})
+
+
+def test_values_that_are_not_in_8_bits_are_taken():
+    kernels.attention_8bit(**attend(narrow=False))
 
 
 @pytest.mark.parametrize("op", ["adaln_modulate", "gelu_tanh", "rms_norm_silu"])

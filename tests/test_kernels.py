@@ -10,20 +10,17 @@ import importlib
 import inspect
 import os
 import re
-import subprocess
-import sys
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from background import Background
 from kernel_cases import CASES, FP8, REAL_CASES, Case, RealCase, arguments, dtypes_of, in_fp64, run
 from numerics import assert_as_accurate
 from torch import Tensor
 
-import wan_fast
 from wan_fast import kernels
 from wan_fast.kernels import KERNELS
 
@@ -175,20 +172,10 @@ def test_cublas_computes_the_same(id: str) -> None:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="already in the interpreter")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", "as_accurate_as_the_reference"]
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        # numpy's BLAS threads make the interpreter several times slower
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-        # the same package as in this process, whatever the working directory
-        "PYTHONPATH": str(Path(wan_fast.__file__).parents[1]),
-    }
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert re.search(rf"\b{len(CASES) * len(DTYPES)} passed", done.stdout), done.stdout[-1000:]
+@pytest.mark.background("interpreter")
+def test_in_the_interpreter(background: Background) -> None:
+    output = background.output("interpreter")
+    assert re.search(rf"\b{len(CASES) * len(DTYPES)} passed", output), output[-1000:]
 
 
 @each_case
