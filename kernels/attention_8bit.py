@@ -308,7 +308,7 @@ def _reference(
                 limit = x.amax(-1, keepdim=True)
                 p = torch.exp2(x - limit)
                 if skip:
-                    p = p.masked_fill(_left_out(x, log2(skip)), 0)
+                    p = p.masked_fill(left_out(x, log2(skip)), 0)
                 total = p.sum(-1, keepdim=True)
                 y = _rounded(p, v.dtype) @ values / total
                 if v_scale is not None and v_center is not None:
@@ -334,7 +334,7 @@ def _rounded(p: Tensor, dtype: torch.dtype) -> Tensor:
     return p.to(dtype).to(p.dtype)
 
 
-def _left_out(x: Tensor, skip: float) -> Tensor:
+def left_out(x: Tensor, skip: float) -> Tensor:
     """[L, S]: what skip-softmax leaves out."""
     L, S = x.shape
     filled = F.pad(x, (0, -S % _BLOCK), value=float("-inf"))

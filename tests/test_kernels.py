@@ -20,6 +20,7 @@ from background import Background
 from kernel_cases import CASES, FP8, REAL_CASES, Case, RealCase, arguments, dtypes_of, in_fp64, run
 from numerics import assert_as_accurate
 from torch import Tensor
+from torch.nn import functional as F
 
 from wan_fast import kernels
 from wan_fast.kernels import KERNELS
@@ -151,6 +152,39 @@ def test_addresses_of_frames_beyond_32_bits(name: str, num_frames: int = 60, hei
         results = [(kernels.frames_to_uint8(as_patches[0])[-1:], kernels.frames_to_uint8(as_patches[1]))]
     for result, expected in results:
         assert torch.equal(result, expected)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: references have no addresses of their own")
+def test_addresses_of_attention_beyond_32_bits(L: int = 240_000, heads: int = 24, K: int = 128) -> None:
+    """The last tokens of more than 2^31 elements count as they do alone."""
+    D = heads * K
+    few = torch.randn(4, 3, D, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    x, weight = few.repeat(L // 4, 1, 1)[None], torch.ones(2, D, device=DEVICE)
+    table, grid = kernels.rope_table(L // 4, K, DEVICE), (L // 4, 2, 2)
+    settings: dict[str, Any] = {"grid": grid, "heads": heads}
+    center = kernels.keys_center(x, weight, table, **settings)
+    expected = KERNELS["keys_center"].reference(x, weight, table, grid, 0, heads, 1e-6)  # of a sample
+    torch.testing.assert_close(center, expected, rtol=1e-3, atol=1e-3)
+    for dtype in (torch.int8, FP8) if DEVICE == "cpu" or capability() >= 89 else (torch.int8,):
+        whole = kernels.qk_norm_rope_quantized(x, weight, table, center, **settings, dtype=dtype)
+        part = kernels.qk_norm_rope_quantized(x[:, -4:], weight, table, center, offset=L - 4, **settings, dtype=dtype)
+        assert torch.equal(whole.values[:, :, -4:].float(), part.values.float())
+        assert torch.equal(whole.scale[..., -4:], part.scale)
+        # all keys but the last four are zero, which is 2^-200 and less of the largest weight
+        q, k = part.values[0], torch.zeros_like(whole.values[1])
+        k[:, -4:] = q
+        ones, of_keys = torch.full((1, heads, 4), 10.0, device=DEVICE), torch.ones(1, heads, L, device=DEVICE)
+        v = x[:, :, 2].unflatten(-1, (heads, K))
+        values = [(v, None, None)] if dtype == torch.int8 else []
+        if DEVICE == "cpu" or capability() >= 89:
+            values.append(tuple(kernels.quantize_values(v)))
+        for those in values:
+            alone = those[0][..., -4:] if those[1] is not None else those[0][:, -4:]
+            alone = F.pad(alone.view(torch.uint8), (0, 12)).view(FP8) if those[1] is not None else alone
+            result, _ = kernels.attention_8bit(q, ones, k, of_keys, *those, dtype=torch.float32)
+            last = k[:, -4:].contiguous(), of_keys[..., -4:].contiguous()
+            expected, _ = kernels.attention_8bit(q, ones, *last, alone, *those[1:], dtype=torch.float32)
+            torch.testing.assert_close(result, expected)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of no kernel")

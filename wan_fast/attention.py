@@ -284,6 +284,19 @@ def first_that_runs(
     raise WanFastError("; ".join(failures) + (advice if packages or rows[0].eight_bit else ""))
 
 
+def facts(row: Backend, capability: tuple[int, int]) -> str:
+    """What a backend can do, and what keeps it from running here."""
+    widths = f"head widths {', '.join(map(str, row.head_dims))}" if row.head_dims else "any head width"
+    can = [f"--attention {row.flag}", " ".join(row.dtypes), widths, *(["log-sum-exp"] if row.lse else [])]
+    if not row.runs_on(capability):
+        lowest = max(10 * row.majors[0], row.since)
+        able = f"from compute capability {lowest // 10}.{lowest % 10}"
+        why = f"not here: {able}" if row.majors[-1] >= 99 else f"not here: {able} to {row.majors[-1]}.x"
+    else:
+        why = "possible" if installed(row.module) else f"not installed: {row.package}"
+    return f"{why} ({'; '.join(can)})"
+
+
 def installed(module: str) -> bool:
     """Whether there is a module of that name; its package is not imported."""
     package, _, part = module.partition(".")

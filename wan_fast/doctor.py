@@ -38,6 +38,7 @@ def report() -> dict[str, dict[str, str]]:
         "package": {name: _version(name, "missing: pip install wan-fast again") for name in _NEEDED},
         "optional": {name: _version(name, "not installed") for name in _OPTIONAL},
         "extension": {"wan_fast._cuda": _extension()},
+        "attention": _attention(),
         "kernel": _kernels(),
     }
 
@@ -53,6 +54,12 @@ def _extension() -> str:
     if find_spec("wan_fast._cuda") is None:
         return "absent: it is built when nvcc and CMake are there during the install; kernels come from Triton"
     return "built for " + " ".join(import_module("wan_fast._cuda").architectures())
+
+
+def _attention() -> dict[str, str]:
+    from wan_fast.attention import BACKENDS, facts
+
+    return {row.name: facts(row, describe("auto").capability or (0, 0)) for row in BACKENDS}
 
 
 def _kernels() -> dict[str, str]:
