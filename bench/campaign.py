@@ -67,9 +67,12 @@ def steps(device: torch.device, patterns: Sequence[str] = ()) -> dict[str, Calla
         todo["shares/ti2v-5B/1280x704x121/bf16"] = partial(find_shares, device)
     todo |= {case.name: partial(run_case, case, device) for case in cases if case.group == "dit"}
     if everything:
+        todo["parts/attention-in-8-bits/all-clips/bf16"] = partial(find_parts, device)
         todo["groups/vae2.2-decode/1280x704x121/bf16"] = partial(find_groups, "2.2", (1280, 704), 121, device)
         todo["groups/vae2.1-decode/1280x720x81/bf16"] = partial(find_groups, "2.1", (1280, 720), 81, device)
+        # of attention on the middle clip alone: every candidate compiles for ten seconds
         tiles = [case for case in REAL_CASES if case.op in tunable()]
+        tiles = [case for case in tiles if case.op != "attention_8bit" or case.id.endswith("ti2v-5B-720p")]
         todo |= {f"tiles/{case.op}/{case.id}": partial(find_tiles, case, device) for case in tiles}
     todo |= {case.name: partial(run_case, case, device) for case in cases if case not in kernels}
     todo |= {case.name: partial(run_case, case, device) for case in kernels}
@@ -111,11 +114,11 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
     deterministic mode torch.empty gives NaN, or the largest integer.
     """
     import torch
-    from kernel_cases import CASES, FP8, REAL_CASES, arguments, dtypes_of, in_fp64, run
+    from kernel_cases import CASES, FP8, REAL_CASES, dtypes_of, in_fp64, run
     from numerics import assert_as_accurate
 
     from bench.results import line
-    from bench.tune import without_extension
+    from bench.tune import held_to, inputs, without_extension
     from wan_fast.kernels import KERNELS, backend
 
     wrong = 0
@@ -123,10 +126,11 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
     for case, dtype in product((*CASES, *(REAL_CASES if real else ())), (torch.float32, torch.bfloat16)):
         if dtype not in getattr(case, "dtypes", (dtype,)):
             continue
-        args, kernel = arguments(case, dtype, device), KERNELS[case.op]
+        args, kernel = inputs(case, dtype, device), KERNELS[case.op]
         if FP8 in dtypes_of(args) and (major, minor) < (8, 9):
             continue
-        exact, expected = run(kernel, kernel.reference, in_fp64(args)), run(kernel, kernel.reference, args)
+        given, of = held_to(case.op, args)
+        exact, expected = run(kernel, kernel.reference, in_fp64(given)), run(kernel, kernel.reference, given)
         ways = {backend(device, case.op): nullcontext()}
         if "cuda" in ways:
             ways["triton"] = without_extension(case.op)
@@ -135,7 +139,7 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
             torch.use_deterministic_algorithms(True, warn_only=True)
             try:
                 with chosen:
-                    for result in zip(run(kernel, kernel.launch, args), exact, expected, strict=True):
+                    for result in zip(of(run(kernel, kernel.launch, args)), exact, expected, strict=True):
                         assert_as_accurate(*result)
             except Exception as error:  # one that does not compile breaks it too, and the others are still to be checked
                 finding, wrong = f"BROKEN: {type(error).__name__}: {line(error)}", wrong + 1
@@ -175,6 +179,12 @@ def find_shares(device: torch.device, results: Results) -> None:
     outside = 1 - found.get("matrix product", 0.0) - found.get("attention", 0.0)
     said = ", ".join(f"{kind} {share:.1%}" for kind, share in found.items())
     results.put("notes", "shares ti2v-5B 1280x704x121", f"{outside:.1%} outside matrix products and attention: {said}")
+
+
+def find_parts(device: torch.device, results: Results) -> None:
+    from bench.attention import find_parts as find
+
+    find(device, results)
 
 
 def find_tiles(case: Any, device: torch.device, results: Results) -> None:

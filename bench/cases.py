@@ -1,23 +1,26 @@
 """The registry: every case there is, in the order in which a short visit to a machine is best spent.
 
-Later work adds rows to `operations.py` and `networks.py`; kernels come by themselves with their REAL_CASES.
+Later work adds rows to `operations.py`, `gemm.py`, `attention.py` and `networks.py`; kernels come by themselves with their
+REAL_CASES.
 """
 
 from __future__ import annotations
 
-from bench import gemm, networks, operations
+from bench import attention, gemm, networks, operations
 from bench.registry import Case
 
 CASES: tuple[Case, ...] = (
     *operations.KERNEL_CASES,
     *networks.GPU_DIT_CASES,
     *networks.GPU_VAE_CASES,
-    *operations.ATTENTION_CASES,
+    *attention.ATTENTION_CASES,
+    *attention.STEP_CASES[:1],
     *gemm.GPU_PRECISION_CASES[:1],
     *gemm.GEMM_CASES,
     *operations.CONV_CASES,
     *networks.GPU_14B_CASES,
     *gemm.GPU_PRECISION_CASES[1:],
+    *attention.STEP_CASES[1:],
     *networks.GPU_RUN_CASES,
     *networks.GPU_COMPILED_CASES,
     *networks.CPU_CASES,

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -65,18 +66,19 @@ def compiled(capabilities: Iterable[int] = MULTIPROCESSORS) -> list[dict[str, An
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line per kernel, shape and dtype; a column per architecture."""
+    """Markdown: a line per kernel, shape and dtype; a column per architecture. One of several kernels of a case is named."""
     capabilities = sorted({row["capability"] for row in rows})
     lines = [
         "| kernel at | warps | shared, bytes | " + " | ".join(f"sm_{c}" for c in capabilities) + " |",
         "| --- | --- | --- |" + " --- |" * len(capabilities),
     ]
 
-    def place(row: dict[str, Any]) -> str:
-        return row["case"].partition(" on ")[0]
+    def place(row: dict[str, Any]) -> tuple[str, str]:
+        return row["case"].partition(" on ")[0], row.get("kernel", "")
 
-    # stable: a case that launches several kernels keeps their order
-    for name, group in groupby(sorted(rows, key=place), place):
+    several = Counter(case for case, _ in {place(row) for row in rows})
+    for (case, kernel), group in groupby(sorted(rows, key=place), place):
+        name = f"`{case}`{', ' + kernel.strip('_') if several[case] > 1 else ''}"
         by_capability = {row["capability"]: row for row in group}
         cells = [
             f"{row['reg']}, {occupancy(c, row['reg'], row['shared'], row['warps']):.0%}"
@@ -86,7 +88,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         first = next(iter(by_capability.values()))
         shared = max(row["shared"] for row in by_capability.values())
-        lines.append(f"| `{name}` | {first['warps']} | {shared} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {first['warps']} | {shared} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -1,24 +1,26 @@
-"""Cases of single operations, at the shapes that the real tasks give them: kernels, GEMM, attention, convolution."""
+"""Cases of single operations, at the shapes that the real tasks give them: kernels and convolution."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from math import prod
 from typing import Any
 
 import torch
-from kernel_cases import REAL_CASES, RealCase, arguments, run
+from kernel_cases import REAL_CASES, RealCase
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from bench.registry import OURS, Build, Case, NotHere, Work
-from bench.tune import without_extension
-from wan_fast.attention import BACKENDS, Backend, sdpa
+from bench.tune import MANY_SCORES, inputs, scores, without_extension
 from wan_fast.counting import not_touched, operations
 from wan_fast.kernels import KERNELS, backend, causal_conv3d, conv_weight
+from wan_fast.kernels._op import Kernel
 from wan_fast.kernels.qk_norm_rope import rotation
-from wan_fast.tasks import HEAD_DIM, PATCH, TASKS
+from wan_fast.tasks import PATCH, TASKS
 
 E4M3 = torch.float8_e4m3fn
 
@@ -45,8 +47,16 @@ def tokens(task: str, width: int, height: int, frames: int) -> int:
 def kernel(case: RealCase, dtype: torch.dtype, device: torch.device) -> Work:
     """An operator as the dispatcher runs it, its Triton kernel where that is another one, and its reference."""
     op = KERNELS[case.op]
-    args = arguments(case, dtype, device)
-    moved = sum(t.nbytes for t in (*args, *run(op, op.op, args)) if isinstance(t, Tensor)) - not_touched(op.op, args)
+    args = inputs(case, dtype, device)
+    rates: dict[str, dict[str, float]] = {}
+    if case.op == "attention_8bit":
+        values = "fp8" if args[4].dtype == E4M3 else "bf16"
+        rates[OURS] = {case.products: 1.0} if case.products == values else {case.products: 0.5, values: 0.5}
+
+    def reference() -> Callable[[], Any]:
+        if scores(case.op, args) > MANY_SCORES:
+            raise NotHere("it takes seconds; the accuracy rule holds two heads to it")
+        return lambda: op.reference(*args)
 
     def in_triton() -> Callable[[], Any]:
         if device.type != "cuda" or backend(device, case.op) == "triton":
@@ -60,23 +70,33 @@ def kernel(case: RealCase, dtype: torch.dtype, device: torch.device) -> Work:
 
     def compiled() -> Callable[[], Any]:
         needs_cuda(device, "the compiled reference is timed")
+        if case.op == "attention_8bit":
+            raise NotHere("it is a loop over heads, which a compiler unrolls")
         chain = rope_in_reals(args) if case.op == "qk_norm_rope" else op.reference
-        reference = torch.compile(chain, dynamic=False)
-        return lambda: reference(*args)
+        compiled = torch.compile(chain, dynamic=False)
+        return lambda: compiled(*args)
 
     return Work(
         arms={
             OURS: lambda: lambda: op.op(*args),
             "Triton": in_triton,
-            "reference": lambda: lambda: op.reference(*args),
+            "reference": reference,
             "reference, compiled": compiled,
         },
         rate=case.products or ("bf16" if dtype == torch.bfloat16 else "fp32"),
         # rounding may differ by one level of 255; what changes in place is not the same after another number of calls
         tolerance=None if op.mutates else 2e-2,
         flops=operations(op.op, args),
-        bytes=moved,
+        bytes=moved(op, args),
+        rates=rates,
     )
+
+
+def moved(op: Kernel, args: Sequence[Any]) -> float:
+    """Bytes that an operator reads and writes, run once to see them."""
+    outputs = tree_leaves(op.op(*args))
+    changed = [arg for name, arg in zip(signature(op.reference).parameters, args, strict=True) if name in op.mutates]
+    return sum(t.nbytes for t in (*args, *outputs, *changed) if isinstance(t, Tensor)) - not_touched(op.op, args)
 
 
 def rope_in_reals(args: Sequence[Any]) -> Callable[..., Any]:
@@ -94,49 +114,6 @@ def rope_in_reals(args: Sequence[Any]) -> Callable[..., Any]:
         x[:, :, :P] = y
 
     return chain
-
-
-# --- attention ----------------------------------------------------------------------------------------------------------
-
-
-def attention(L: int, heads: int, device: torch.device) -> Work:
-    """Self-attention of one block: q, k, v [1, L, N, K] bf16."""
-    q, k, v = (torch.randn(1, L, heads, HEAD_DIM, device=device).bfloat16() for _ in range(3))
-
-    def by(backend: Backend) -> Build:
-        def build() -> Callable[[], Tensor]:
-            return partial(backend.make(), q, k, v)
-
-        return build
-
-    def flash3_fp8() -> Callable[[], Tensor]:
-        from flash_attn_interface import flash_attn_func
-
-        one = torch.ones(1, heads, device=device)
-        return lambda: _first(flash_attn_func(*(t.to(E4M3) for t in (q, k, v)), q_descale=one, k_descale=one, v_descale=one))
-
-    def sage() -> Callable[[], Tensor]:
-        from sageattention import sageattn
-
-        return lambda: sageattn(q, k, v, tensor_layout="NHD")
-
-    return Work(
-        arms={
-            OURS: lambda: lambda: sdpa(q, k, v),
-            **{backend.name: by(backend) for backend in BACKENDS if backend.name != "sdpa"},
-            "flash-attn 3 fp8, casts included": flash3_fp8,
-            "SageAttention, quantisation included": sage,
-        },
-        rate="bf16",
-        rates=dict.fromkeys(("flash-attn 3 fp8, casts included", "SageAttention, quantisation included"), "fp8"),
-        tolerance=1e-1,
-        flops=4.0 * L * L * heads * HEAD_DIM,
-        bytes=2.0 * 4 * L * heads * HEAD_DIM,
-    )
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 # --- convolution --------------------------------------------------------------------------------------------------------
@@ -185,14 +162,6 @@ def needs_cuda(device: torch.device, what: str) -> None:
         raise NotHere(f"{what} on a GPU only")
 
 
-def _attention_cases() -> list[Case]:
-    cases = []
-    for task, *video in VIDEOS:
-        L, heads = tokens(task, *video), TASKS[task].num_heads
-        cases.append(Case(f"attention/{task}/L{L}-N{heads}-K{HEAD_DIM}/bf16", "cuda", partial(attention, L, heads), 4.0))
-    return cases
-
-
 # (VAE, channels, frames at once, height, width): the widest layers of each level that hold most of the work
 _CONVOLUTIONS = (
     ("2.1", 96, 4, 480, 832),
@@ -209,7 +178,6 @@ KERNEL_CASES = tuple(
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
     if dtype in case.dtypes
 )
-ATTENTION_CASES = tuple(_attention_cases())
 CONV_CASES = tuple(
     Case(f"conv3d/vae{vae}/{C}x{T}x{H}x{W}/fp32", "cuda", partial(conv3d, C, T, H, W), 1.0) for vae, C, T, H, W in _CONVOLUTIONS
 )

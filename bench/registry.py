@@ -17,6 +17,7 @@ from bench.timer import Timing, measure, once
 
 OURS = "wan-fast"
 Build = Callable[[], Callable[[], Any]]
+Rate = str | Mapping[str, float]
 
 
 class NotHere(Exception):
@@ -30,9 +31,11 @@ class Work:
     arms: name -> a function that builds the arm and returns what is timed; the first is ours. It may raise ImportError or
         NotHere, and the arm is a skipped one then.
     flops, bytes: the least that any way of doing the work needs: operations, and bytes in and out.
-    rate: the matrix product (one of roofs.PRODUCTS) in whose unit the operations run; `rates`: of arms where it is another.
+    rate: the matrix product (one of roofs.PRODUCTS) in whose unit the operations run; `rates`: of arms where it is another, or
+        the shares of the operations by product.
     tolerance: relative L2 difference from our output that an arm may show; None where outputs are not comparable.
     stages: arm -> stage -> seconds of its latest call, where an arm fills it.
+    errors: arm -> measure of its error -> value, where an arm fills it.
     """
 
     arms: Mapping[str, Build]
@@ -41,7 +44,8 @@ class Work:
     flops: float = 0.0
     bytes: float = 0.0
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
-    rates: Mapping[str, str] = field(default_factory=dict)
+    rates: Mapping[str, Rate] = field(default_factory=dict)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,8 @@ def run(case: Case, device: torch.device, roofs: Mapping[str, float]) -> tuple[d
             arm["ratio"] = ratio(timings[name].seconds, timings[OURS].seconds)
         if name in work.stages:
             arm["stages"] = work.stages[name]
+        if name in work.errors:
+            arm["errors"] = work.errors[name]
     del work, arms
     torch._dynamo.reset()  # what one case compiled must not make the next one's shapes dynamic
     gc.collect()
@@ -127,7 +133,8 @@ def select(cases: Iterable[Case], patterns: Sequence[str]) -> list[Case]:
 
 
 def _build(work: Work) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
-    """The arms that can take part, each called once and compared with ours; and why the others cannot."""
+    """The arms that can take part, each called once and compared with ours, of several results the first; and why the others
+    cannot."""
     arms: dict[str, Callable[[], Any]] = {}
     skipped: dict[str, str] = {}
     expected = None
@@ -145,7 +152,7 @@ def _build(work: Work) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
             skipped[name] = f"{type(error).__name__}: {line(error)}"
             continue
         if output is not None:
-            output = output.float()
+            output = (output[0] if isinstance(output, (tuple, list)) else output).float()
             if expected is None:
                 expected = output
             difference = ((output - expected).norm() / expected.norm()).item()
@@ -159,7 +166,7 @@ def _build(work: Work) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     return arms, skipped
 
 
-def _arm(timing: Timing, work: Work, rate: str, roofs: Mapping[str, float]) -> dict[str, Any]:
+def _arm(timing: Timing, work: Work, rate: Rate, roofs: Mapping[str, float]) -> dict[str, Any]:
     taken = {
         "seconds": timing.median,
         "low": min(timing.seconds),
@@ -173,8 +180,10 @@ def _arm(timing: Timing, work: Work, rate: str, roofs: Mapping[str, float]) -> d
     return taken
 
 
-def roof_seconds(flops: float, count: float, rate: str, roofs: Mapping[str, float]) -> float | None:
+def roof_seconds(flops: float, count: float, rate: Rate, roofs: Mapping[str, float]) -> float | None:
     """No faster than this on this device; None where the work has no count, or its roof was not measured."""
-    if not (flops or count) or "copy" not in roofs or (flops and rate not in roofs):
+    shares = {rate: 1.0} if isinstance(rate, str) else rate
+    if not (flops or count) or "copy" not in roofs or (flops and not roofs.keys() >= shares.keys()):
         return None
-    return max(flops / roofs[rate] if flops else 0.0, count / roofs["copy"])
+    computing = sum(share * flops / roofs[product] for product, share in shares.items()) if flops else 0.0
+    return max(computing, count / roofs["copy"])

@@ -11,8 +11,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.quality import sqnr
-from wan_fast import attention, kernels, self_test
+from bench.quality import (
+    ATTENTIONS,
+    PROMPTS,
+    RUNS,
+    attention_errors,
+    emulated,
+    psnr,
+    sqnr,
+    synthetic_attention_errors,
+    videos,
+)
+from wan_fast import Engine, EngineConfig, attention, kernels, self_test
 from wan_fast.attention import BACKENDS, Attention8bit, Backend, choose, first_that_runs, installed, of_projection, sdpa
 from wan_fast.config import ATTENTION_8BIT, WanFastError
 
@@ -287,6 +297,34 @@ def test_a_backend_that_fails_its_self_test_is_refused_by_name(monkeypatch, tmp_
     assert not (tmp_path / "wan-fast" / "self-tests.json").exists()
     found, _, failures = first_that_runs([bad, row], CPU, torch.float32, 2, 128)
     assert found is row and failures[0].startswith("broken")
+
+
+def test_attention_of_real_tokens_keeps_30_db():
+    """On tiny's q, k and v; FP8 of queries and keys keeps 28, and is better than without care."""
+    with torch.inference_mode():
+        found = attention_errors(Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", dtype="fp32")), steps=2)
+    lowest = {name: min(min(values) for (_, of), values in found.items() if of == name) for name in ATTENTIONS}
+    assert lowest["int8"] >= 30 and lowest["int8, values bf16"] >= 40
+    assert lowest["fp8"] >= 28 and lowest["fp8"] >= lowest["plain fp8"] + 2
+
+
+def test_attention_of_tokens_like_wans_keeps_30_db():
+    with torch.inference_mode():
+        found = synthetic_attention_errors()
+    for (kind, name), (value,) in found.items():
+        if name != "plain fp8":
+            # of values without anything in common e4m3 keeps 28 dB
+            assert value >= (25 if kind == "white" else 30), f"{kind}, {name}: {value:.1f} dB"
+
+
+def test_a_video_keeps_30_db(monkeypatch, tmp_path):
+    """One of the 20 prompts of bench.quality."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with emulated():
+        (wanted,) = videos({}, PROMPTS[:1])
+        for name, least, most in (("attention int8", 35, 60), ("attention fp8", 30, 45)):
+            (frames,) = videos(RUNS[name], PROMPTS[:1])
+            assert least <= psnr(frames, wanted) < most, name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -33,6 +33,15 @@ def test_table_has_a_column_per_architecture():
     assert lines[0].endswith("| sm_80 | sm_90 |") and lines[2] == "| `adaln-x-float32` | 4 | 16 | 32, 100% | 64, 50% |"
 
 
+def test_one_of_several_kernels_of_a_case_is_named():
+    row = {"case": "values-x-float32 on sm_80", "capability": 80, "reg": 32, "shared": 16, "warps": 4}
+    lines = kernels.table([row | {"kernel": "_b_kernel"}, row | {"kernel": "_a_kernel"}]).splitlines()
+    assert [line.partition(" | ")[0] for line in lines[2:]] == [
+        "| `values-x-float32`, a_kernel",
+        "| `values-x-float32`, b_kernel",
+    ]
+
+
 def test_the_table_that_is_kept_has_every_case():
     kept = (ROOT / "bench" / "results" / "compiled_kernels.md").read_text()
     names = set(re.findall(r"^\| `(\S+)-(?:float32|bfloat16)`", kept, re.MULTILINE))
