@@ -111,7 +111,8 @@ def _attend(
         x = tl.where((s < S)[None, :], x, float("-inf"))
     most = tl.max(x, axis=1) * q_scale
     if SKIP:
-        if tl.max(most - limit, axis=0) >= skip:
+        # a NaN is needed; a row beyond the last query, whose scale is 0, is not
+        if tl.max(tl.where((most - limit < skip) | (q_scale == 0.0), 0, 1), axis=0) > 0:
             limit, total, out = _added(
                 x,
                 most,

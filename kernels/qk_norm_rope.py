@@ -28,14 +28,12 @@ from ._op import register
 
 @triton.jit
 def normed_and_turned(
-    x, weight_ptr, mask, table_ptr, positions, number, H, W, EPS: tl.constexpr, ROPE: tl.constexpr, N: tl.constexpr,
+    x, weight_ptr, place, mask, table_ptr, positions, number, H, W, EPS: tl.constexpr, ROPE: tl.constexpr, N: tl.constexpr,
     K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x [BLOCK_N, BLOCK_K] fp32 of token `number` of the clip, zero outside N and K."""
     mean_square = tl.sum(tl.sum(x * x, axis=1), axis=0) / (N * K)
-    n = tl.arange(0, BLOCK_N)[:, None]
-    k = tl.arange(0, BLOCK_K)[None, :]
-    weight = tl.load(weight_ptr + n * K + k, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + place, mask=mask, other=0.0).to(tl.float32)
     x = x * tl.rsqrt(mean_square + EPS) * weight
     if ROPE:
         t, h, w = number // (H * W), number // W % H, number % W
@@ -80,7 +78,7 @@ def _qk_norm_rope_kernel(
     x = tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
     weight_ptr += part * (N * K)
     x = normed_and_turned(
-        x, weight_ptr, mask, table_ptr, positions, offset + token % L, H, W, EPS, ROPE, N, K, BLOCK_N, BLOCK_K
+        x, weight_ptr, place, mask, table_ptr, positions, offset + token % L, H, W, EPS, ROPE, N, K, BLOCK_N, BLOCK_K
     )
     tl.store(pointer, x.to(x_ptr.dtype.element_ty), mask=mask)
 

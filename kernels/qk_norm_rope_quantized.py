@@ -61,10 +61,11 @@ def _keys_center_kernel(
         sample = tl.program_id(0) * PER_PROGRAM + i
         # another place in every stretch of `stride`, lest they all lie in one column of the clip
         token = sample * stride + sample * 7919 % stride
+        number = offset + tl.minimum(token, L - 1)  # the table ends with the clip
         at = x_ptr + (b * L + token) * token_stride + N * K + place
         x = tl.load(at, mask=mask & (n < tl.where(token < L, N, 0)), other=0.0).to(tl.float32)
         total += normed_and_turned(
-            x, weight_ptr, mask, table_ptr, positions, offset + token, H, W, EPS, ROPE, N, K, BLOCK_N, BLOCK_K
+            x, weight_ptr, place, mask, table_ptr, positions, number, H, W, EPS, ROPE, N, K, BLOCK_N, BLOCK_K
         )
     tl.store(sums_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * (N * K) + place, total, mask=mask)
 
@@ -102,7 +103,7 @@ def _qk_norm_rope_quantized_kernel(
     x = tl.load(x_ptr + token * token_stride + part * (N * K) + place, mask=mask, other=0.0).to(tl.float32)
     weight_ptr += part * (N * K)
     y = normed_and_turned(
-        x, weight_ptr, mask, table_ptr, positions, offset + place_in_clip, H, W, EPS, ROPE, N, K, BLOCK_N, BLOCK_K
+        x, weight_ptr, place, mask, table_ptr, positions, offset + place_in_clip, H, W, EPS, ROPE, N, K, BLOCK_N, BLOCK_K
     )
     if CENTER:
         y -= tl.load(center_ptr + b * (N * K) + place, mask=mask & (n < part * N), other=0.0)

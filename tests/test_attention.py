@@ -107,6 +107,8 @@ def test_installed_imports_nothing(tmp_path, monkeypatch):
     (tmp_path / "half_installed" / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     assert installed("half_installed") and installed("half_installed.cute")
+    (tmp_path / "half_installed" / "_compiled.abi3.so").write_bytes(b"")
+    assert installed("half_installed._compiled")
     assert not installed("half_installed.other") and not installed("no_such_package.cute")
 
 

@@ -8,6 +8,7 @@ from kernel_cases import REAL_CASES, Attend, run
 from bench import attention, operations, registry, tune
 from bench.registry import OURS, Case, NotHere, Work
 from wan_fast.attention import BACKENDS
+from wan_fast.config import WanFastError
 from wan_fast.kernels import KERNELS
 from wan_fast.manifest import DiTDims
 
@@ -62,14 +63,44 @@ def test_what_norms_in_place_begins_with_the_projection_and_may_be_called_again(
 @pytest.mark.parametrize("name", list(attention.EXACT | attention.NARROW))
 def test_a_backend_that_is_not_here_says_why(name, monkeypatch):
     row = (attention.EXACT | attention.NARROW)[name]
+
+    def none(rows, *others):
+        raise WanFastError(f"{rows[0].name} does not run here: it is not installed")
+
+    monkeypatch.setattr(attention, "first_that_runs", none)
+    monkeypatch.setattr(attention, "dies", lambda name: "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (row.majors[0], 9))
+    with pytest.raises(NotHere, match=f"{name} does not run here: it is not installed"):
+        attention.projected(row, CUDA, 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     if name != "sdpa":
         with pytest.raises(NotHere, match=f"{name} is not for compute capability 7.5"):
             attention.projected(row, CUDA, 2)
-    monkeypatch.setattr(attention, "installed", lambda module: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (row.majors[0], 9))
-    with pytest.raises(NotHere, match=f"{row.module} is not installed"):
-        attention.projected(row, CUDA, 2)
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("exit 0", ""),
+        ("exec sleep 60", "int8 cuda does not end within 1 s on a small clip"),
+        ("echo first >&2; echo an illegal memory access >&2; exit 1", "int8 cuda: an illegal memory access"),
+        ("kill -6 $$", "int8 cuda: it ended with -6"),
+    ],
+)
+def test_a_kernel_that_hangs_or_crashes_takes_no_other_arm_with_it(program, said, monkeypatch, tmp_path):
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{program}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(attention.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(attention, "LIMIT", 1.0)
+    attention.dies.cache_clear()
+    try:
+        assert attention.dies("int8 cuda") == said
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        if said:
+            with pytest.raises(NotHere, match=said):
+                attention.projected(attention.NARROW["int8 cuda"], CUDA, 2)
+    finally:
+        attention.dies.cache_clear()
 
 
 def test_forwards_in_8_bits():

@@ -269,7 +269,9 @@ def first_that_runs(
         try:
             if row.eight_bit:
                 attention = row.make(skip)
-                self_test(row.name, row.module, attention, of_projection(sdpa), device, dtype, head_dim)
+                self_test(
+                    row.name + " skipping" * (skip > 0), row.module, attention, of_projection(sdpa), device, dtype, head_dim
+                )
             else:
                 attention = row.make()
                 attention(*torch.zeros(1, 16, 3, heads, head_dim, device=device, dtype=dtype).unbind(2))
@@ -303,7 +305,8 @@ def installed(module: str) -> bool:
     spec = find_spec(package)
     if not part or spec is None:
         return spec is not None
-    return any((Path(folder) / part).is_dir() for folder in spec.submodule_search_locations or ())
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    return any((folder / part).is_dir() or any(folder.glob(f"{part}.*")) for folder in folders)
 
 
 def _packages(rows: Sequence[Backend]) -> str:

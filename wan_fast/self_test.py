@@ -1,8 +1,7 @@
 """A start-up test of attention in 8 bits: kernels of another project, compiler or card have been wrong before.
 
-Once per GPU, release and head width some hundred tokens with outlier channels go through a backend and through exact attention.
-A
-pass is remembered in the user's cache, self-tests.json; a failure is not, so that what was mended is tested again.
+Once per GPU, release and head width some hundred tokens with outlier channels go through a backend and through exact
+attention. A pass is remembered in the user's cache, self-tests.json; a failure is not, so that what was mended is tested again.
 """
 
 from __future__ import annotations
