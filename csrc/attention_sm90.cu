@@ -412,6 +412,8 @@ __global__ void __launch_bounds__(kThreads, 1) attention_kernel(const __grid_con
     sm90::grow_registers<kConsumerRegisters>();
     Consumer<kInt8, kSkip>{p, shared, barriers, warpgroup - 1}.attend(tiles);
   }
+#elif defined(__CUDA_ARCH__)
+  __trap();  // built for another architecture than 90a: an error, and not a result that was never written
 #endif
 }
 

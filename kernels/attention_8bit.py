@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _check
-from ._op import cuda_extension, register
+from ._op import cuda_extension, register, why_no_extension
 from .gemm_8bit import _capability
 from .quantize_rows import EIGHT_BITS
 from .quantize_values import GROUP, INTERLEAVED, padded
@@ -259,21 +259,25 @@ def _by_extension(
     """csrc/attention_sm90.cu."""
     extension = cuda_extension(q.device)
     if extension is None or _capability(q) != 90:
-        raise RuntimeError(f"interleaved values are for wan_fast._cuda on compute capability 9.0, which {q.device} lacks")
+        why = why_no_extension(q.device) if extension is None else f"this is {_capability(q) / 10}"
+        raise RuntimeError(f"interleaved values are for wan_fast._cuda on compute capability 9.0: {why}")
     (B, L, N, K), S = q.shape, k.shape[1]
     assert v_scale is not None and v_center is not None
-    extension.attention_sm90(
-        *(t.data_ptr() for t in (q, q_scale, k, k_scale, v, v_scale, v_center, out)),
-        sums.data_ptr() if sums.numel() else 0,
-        str(q.dtype).removeprefix("torch."),
-        str(out.dtype).removeprefix("torch."),
-        *(B, L, S, N, K),
-        q.stride()[:2],
-        k.stride()[:2],
-        log2(skip) if skip else float("-inf"),
-        q.device.index,
-        torch.cuda.current_stream(q.device).cuda_stream,
-    )
+    pointers = {"q": q, "q_scale": q_scale, "k": k, "k_scale": k_scale, "v": v, "v_scale": v_scale, "v_center": v_center}
+    with torch.cuda.device_of(q):
+        extension.attention_sm90(
+            **{name: tensor.data_ptr() for name, tensor in pointers.items()},
+            out=out.data_ptr(),
+            lse=sums.data_ptr() if sums.numel() else 0,
+            scores=str(q.dtype).removeprefix("torch."),
+            out_dtype=str(out.dtype).removeprefix("torch."),
+            **{"B": B, "L": L, "S": S, "N": N, "K": K},
+            q_strides=q.stride()[:2],
+            k_strides=k.stride()[:2],
+            skip=log2(skip) if skip else float("-inf"),
+            device=q.device.index,
+            stream=torch.cuda.current_stream(q.device).cuda_stream,
+        )
 
 
 # scores at a time
@@ -392,7 +396,8 @@ def attention_8bit(
         v_scale: [B, N, K] fp32, contiguous; None where v is not in 8 bits.
         v_center: [B, N, K] fp32, contiguous, added to the result; None where v is not in 8 bits.
         interleaved: v has the order of tokens that csrc/attention_sm90.cu takes, which then runs.
-        skip: a block that adds less than this part of a row's largest term to every row is left out; 0 leaves out none.
+        skip: a tile whose terms are all below this part of the largest of their row so far is left out; 0 leaves out none. How
+            large a tile is, and in which order they come, is the backend's: the reference has 128 x 128, the first keys first.
         lse: also return the logarithm of the sum of exponentials of each row, as parts of a ring of devices need it; these
             take the same vector from their keys.
         dtype: of the result: float32, bfloat16 or float16.

@@ -11,6 +11,7 @@ B batch, L tokens, M projections of each, N heads, K head width, D = N K. Bytes 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -159,6 +160,7 @@ def _launch_center(
     return torch.sum(sums, 1, out=center).div_(len(sampled(L)))
 
 
+@lru_cache
 def sampled(L: int) -> range | list[int]:
     """The tokens that a centre is taken of."""
     stride = max(L // _SAMPLES, 1)

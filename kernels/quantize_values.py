@@ -37,7 +37,7 @@ class Values(NamedTuple):
 
 
 @triton.jit
-def _value_ranges_kernel(
+def _quantize_values_ranges_kernel(
     v_ptr,  # [B, S, N, K]
     ranges_ptr,  # [B, N, chunks, 3, K] fp32: lowest, highest, sum
     S,
@@ -68,7 +68,7 @@ def _value_ranges_kernel(
 
 
 @triton.jit
-def _value_scales_kernel(
+def _quantize_values_scales_kernel(
     ranges_ptr,  # [B N, chunks, 3, K] fp32
     scale_ptr,  # [B N, K] fp32
     center_ptr,  # [B N, K] fp32
@@ -145,8 +145,8 @@ def _launch(v: Tensor, interleaved: bool) -> tuple[Tensor, Tensor, Tensor]:
     chunks, config, strides = triton.cdiv(S, _CHUNK), _config(), v.stride()[:2]
     ranges = scale.new_empty(B, N, chunks, 3, K)
     with torch.cuda.device_of(v):
-        _value_ranges_kernel[(chunks, N, B)](v, ranges, S, *strides, N=N, K=K, CHUNK=_CHUNK, BLOCK_S=16)
-        _value_scales_kernel[(B * N,)](ranges, scale, center, S, chunks, K=K, num_warps=1)
+        _quantize_values_ranges_kernel[(chunks, N, B)](v, ranges, S, *strides, N=N, K=K, CHUNK=_CHUNK, BLOCK_S=16)
+        _quantize_values_scales_kernel[(B * N,)](ranges, scale, center, S, chunks, K=K, num_warps=1)
         _quantize_values_kernel[(triton.cdiv(values.shape[3], config["BLOCK_S"]), N, B)](
             v, values, scale, center, S, values.shape[3], *strides, N=N, K=K, INTERLEAVE=interleaved, **config
         )

@@ -518,9 +518,10 @@ class Attend(NamedTuple):
             k[:, S // 2] = 3 * q[:, 0]
         elif self.keys == "equal":
             k[:] = k[:, :1].clone()
-        elif self.keys == "far":  # all but the first tile of any size: e^-7 of its weights
-            q, k = torch.ones_like(q), torch.full_like(k, 1 - 7 / K**0.5)
-            k[:, :128] = 1 + 0.02 * torch.randn(k[:, :128].shape, generator=torch.Generator().manual_seed(4))
+        elif self.keys in ("far", "near", "rising"):  # all but some tiles of any size: e^-7 of their weights, or e^-4
+            q, k = torch.ones_like(q), torch.full_like(k, 1 - (4 if self.keys == "near" else 7) / K**0.5)
+            near = k[:, 256:] if self.keys == "rising" else k[:, :128]
+            near[:] = 1 + 0.02 * torch.randn(near.shape, generator=torch.Generator().manual_seed(4))
             v[:, 128:] += 30
         if self.keys != "equal":
             k -= k.mean(1, keepdim=True)
@@ -530,7 +531,7 @@ class Attend(NamedTuple):
             k_scale[0, 0, -1] = float("nan")
         elif self.keys == "unaligned":  # descriptors cannot read it
             k = torch.empty(k.numel() + 1, dtype=eight)[1:].view(k.shape).copy_(k)
-        v = v.to(values_dtype)
+        v = torch.stack([v] * 3, 2).to(values_dtype)[:, :, 2]
         of_v = KERNELS["quantize_values"].reference(v, self.interleaved) if self.narrow else (v, None, None)
         return q, q_scale, k, k_scale, *of_v, *settings
 
@@ -548,12 +549,15 @@ _ATTENDS = {
     "dominating": Attend(70, 200, keys="dominating"),
     "equal": Attend(70, 200, keys="equal"),
     "unaligned": Attend(130, 191, keys="unaligned"),
+    "unaligned-groups": Attend(70, 192, B=2, keys="unaligned"),
     "no-queries": Attend(0, 5),
     "wide-values": Attend(130, 191, B=2, narrow=False, lse=True),
     "wide-values-equal": Attend(70, 200, narrow=False, keys="equal"),
     "skip": Attend(130, 450, N=1, skip=0.01, keys="far", lse=True),
     "skip-wide-values": Attend(130, 450, N=1, skip=0.01, narrow=False, keys="far"),
     "skips-none": Attend(70, 300, N=1, skip=1e-30),
+    "skips-nothing-near": Attend(130, 450, N=1, skip=0.01, keys="near", lse=True),
+    "skips-by-what-was-before": Attend(130, 450, N=1, skip=0.01, keys="rising", lse=True),
     "nan": Attend(9, 20, lse=True, keys="nan"),
     "skip-nan": Attend(9, 300, skip=0.5, keys="nan"),
 }
@@ -582,7 +586,8 @@ def _attention_cases() -> list[Case]:
     # a sample of the clip's keys, with one beyond its end
     cases.append(Case("keys_center", "sample", partial(_centred, _rope(1, (3, 25, 41), 1, 8, 2, 2), True, "")))
     for S, N, K, B, interleaved in [
-        (1, 1, 1, 1, False), (37, 3, 64, 2, False), (37, 3, 64, 2, True), (130, 2, 128, 1, True), (1100, 1, 8, 1, False),
+        (1, 1, 1, 1, False), (32, 1, 8, 1, False), (37, 3, 64, 2, False), (37, 3, 64, 2, True), (130, 2, 128, 1, True),
+        (1100, 1, 8, 1, False),
     ]:  # fmt: skip
         name = f"B{B}-S{S}-N{N}-K{K}{'-interleaved' if interleaved else ''}"
         cases.append(Case("quantize_values", name, _values(B, S, N, K, interleaved)))

@@ -14,11 +14,16 @@ import subprocess
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from kernel_cases import Attend, in_fp64, run
+from numerics import assert_as_accurate
 from torch import Tensor
+
+from wan_fast.kernels import KERNELS
 
 ROOT = Path(__file__).resolve().parents[1]
 K = 128
@@ -295,6 +300,41 @@ def check(case: Case, inputs: Inputs, call: Call) -> None:
     if call.lse is not None:
         torch.testing.assert_close(call.lse.cpu().double(), sums, rtol=2e-6, atol=2e-5)
     call.check_guard()
+
+
+@pytest.mark.parametrize("eight", SCORES, ids=SCORES.get)
+@pytest.mark.parametrize("keys", ["", "rising"])
+def test_the_operator_calls_it_as_it_expects(
+    emulation: Emulation, monkeypatch: pytest.MonkeyPatch, eight: torch.dtype, keys: str
+) -> None:
+    """attention_8bit with the emulated kernel for the extension: addresses, order of tokens, settings."""
+    module = importlib.import_module("wan_fast.kernels.attention_8bit")
+    bound = (ROOT / "csrc/module.cpp").read_text().split('m.def("attention_sm90",')[1].split("m.def(")[0]
+    names = re.findall(r'py::arg\("(\w+)"\)', bound)
+
+    def attention_sm90(**given: Any) -> None:
+        assert sorted(given) == sorted(names)
+        assert (given["device"], given["stream"]) == (None, 7)
+        shape = Shape(*(given[name] for name in "BLSNK"), given["q_strides"], given["k_strides"])
+        out_dtype = DTYPES.index(getattr(torch, given["out_dtype"]))
+        arguments = Arguments(shape, [*SCORES.values()].index(given["scores"]), out_dtype, given["skip"])
+        for name in ADDRESSES:
+            setattr(arguments, name, given[name] or None)
+        emulation.attend(Call(arguments, torch.empty(0), None, torch.empty(0)))
+
+    monkeypatch.setattr(module, "cuda_extension", lambda device: SimpleNamespace(attention_sm90=attention_sm90))
+    monkeypatch.setattr(module, "_capability", lambda x: 90)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    kernel = KERNELS["attention_8bit"]
+    for lse, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        args = Attend(70, 300, B=2, K=128, interleaved=True, lse=lse, keys=keys).inputs(eight, dtype)
+        wanted, baseline = run(kernel, kernel.reference, in_fp64(args)), run(kernel, kernel.reference, args)
+        for result in zip(run(kernel, kernel.launch, args), wanted, baseline, strict=True):
+            assert_as_accurate(*result, factor=8)  # it sums the last tile first
+    for capability in (89, 100):
+        monkeypatch.setattr(module, "_capability", lambda x, capability=capability: capability)
+        with pytest.raises(RuntimeError, match=rf"compute capability 9\.0: this is {capability / 10}"):
+            kernel.launch(*args)
 
 
 def identify(case: Case) -> str:

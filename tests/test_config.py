@@ -13,6 +13,7 @@ from wan_fast.config import (
     parse_bytes,
     parse_guidance,
     parse_size,
+    parse_steps,
     resolve,
     with_seed,
 )
@@ -35,6 +36,11 @@ def test_config_and_command_line_load_without_torch():
         (dict(task="ti2v-5B", dtype="fp16"), "dtype must be one of"),
         (dict(task="ti2v-5B", vram=0), "positive"),
         (dict(task="ti2v-5B", checkpoint=" "), "empty"),
+        (dict(task="ti2v-5B", attention="int4"), "attention must be one of"),
+        (dict(task="ti2v-5B", attention="int8", keep_steps=(2, -1)), "--keep_steps must be two numbers of 0 or more"),
+        (dict(task="ti2v-5B", attention="int8", skip_softmax=1.0), "--skip_softmax must be from 0 to below 1, got 1.0"),
+        (dict(task="ti2v-5B", keep_steps=(1, 1)), "--keep_steps is for attention in 8 bits, --attention is auto"),
+        (dict(task="ti2v-5B", attention="sdpa", skip_softmax=0.1), "--skip_softmax is for attention in 8 bits"),
     ],
 )
 def test_config_refuses(options, says):
@@ -106,6 +112,7 @@ def test_seed_is_drawn_only_where_there_is_none():
 def test_values_as_typed():
     assert parse_size("1280*704") == parse_size("1280x704") == (1280, 704)
     assert (parse_guidance("5"), parse_guidance("3,4")) == (5.0, (3.0, 4.0))
+    assert (parse_steps("2"), parse_steps("4,1"), parse_steps(" 0, 3 ")) == ((2, 2), (4, 1), (0, 3))
     assert [parse_bytes(t) for t in ("12GiB", "1.5GB", "800mib", "64", "auto")] == [
         12 * 2**30,
         1_500_000_000,
@@ -113,7 +120,13 @@ def test_values_as_typed():
         64,
         None,
     ]
-    for parse, text in ((parse_size, "1280"), (parse_size, "axb"), (parse_guidance, "1,2,3"), (parse_bytes, "lots")):
+    for parse, text in (
+        (parse_size, "1280"),
+        (parse_size, "axb"),
+        (parse_guidance, "1,2,3"),
+        (parse_steps, "1,2,3"),
+        (parse_bytes, "lots"),
+    ):
         with pytest.raises(WanFastError, match=text):
             parse(text)
 

@@ -174,7 +174,8 @@ def test_attention_in_8_bits_runs_where_the_plan_says(monkeypatch, tmp_path):
     """On a CPU by the references: which steps and blocks take it, and that the clip stays near the exact one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with emulated():
-        engine = Engine(replace(TINY, attention="int8", keep_steps=(1, 0), keep_blocks=2))
+        engine = Engine(replace(TINY, attention="int8", keep_steps=(1, 0), keep_blocks=2, skip_softmax=1e-6))
+        assert engine._attention_8bit.skip == 1e-6
         calls = []
         for i, block in enumerate(engine.models["model"].blocks):
             layer = block.self_attn

@@ -75,6 +75,18 @@ def test_kernel_is_as_accurate_as_the_reference(case: Case | RealCase, dtype: to
         assert_as_accurate(*result)
 
 
+_TILES_OF_64 = ("int8-tail1", "int8-tail63", "int8-offset", "fp8-skip", "fp8-text512", "int8-wide-values")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it")
+@pytest.mark.parametrize("id", _TILES_OF_64)
+def test_kernel_is_as_accurate_as_the_reference_on_ada(id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention in tiles of 64 keys and without descriptors, as before Hopper and on cards for games."""
+    monkeypatch.setattr(importlib.import_module("wan_fast.kernels.attention_8bit"), "_capability", lambda q: 89)
+    case = next(case for case in CASES if case.op == "attention_8bit" and case.id == id)
+    test_kernel_is_as_accurate_as_the_reference(case, torch.float32)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: real shapes are compiled, not run")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", REAL_CASES, ids=lambda case: f"{case.op}-{case.id}")
@@ -209,7 +221,7 @@ def test_cublas_computes_the_same(id: str) -> None:
 @pytest.mark.background("interpreter")
 def test_in_the_interpreter(background: Background) -> None:
     output = background.output("interpreter")
-    assert re.search(rf"\b{len(CASES) * len(DTYPES)} passed", output), output[-1000:]
+    assert re.search(rf"\b{len(CASES) * len(DTYPES) + len(_TILES_OF_64)} passed", output), output[-1000:]
 
 
 @each_case

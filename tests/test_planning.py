@@ -313,9 +313,13 @@ def test_attention_asked_for_must_be_there(gpu):
 
 @pytest.mark.parametrize(
     ("capability", "asked", "backend"),
-    [(80, "int8", "int8 triton"), (89, "fp8", "fp8 triton"), (90, "int8", "int8 triton"), (120, "fp8", "fp8 triton")],
+    [
+        *((80, "int8", "int8 triton"), (89, "fp8", "fp8 triton"), (90, "int8", "int8 triton"), (120, "fp8", "fp8 triton")),
+        (90, "fp8-sm90", "fp8 cuda"),
+    ],
 )
-def test_attention_in_8_bits_is_planned(gpu, capability, asked, backend):
+def test_attention_in_8_bits_is_planned(gpu, monkeypatch, capability, asked, backend):
+    monkeypatch.setattr("wan_fast.attention.installed", {"torch", "triton", "wan_fast._cuda"}.__contains__)
     gpu(80, capability=divmod(capability, 10))
     exact = plan(FIVE, CAT)
     todo = plan(replace(FIVE, attention=asked, keep_steps=(3, 1), keep_blocks=2), CAT)
@@ -325,9 +329,13 @@ def test_attention_in_8_bits_is_planned(gpu, capability, asked, backend):
     assert [step.attention for step in todo.steps] == ["exact"] * 3 + ["8-bit"] * 46 + ["exact"]
     assert {step.kind for step in todo.steps} == {("model", "run", "run", "exact"), ("model", "run", "run", "8-bit")}
     half = 46 * 2 * (30 - 4) * 2.0 * todo.tokens**2 * 3072
-    expected = {"int8": half} if capability == 80 else {"fp8": 2 * half} if asked == "fp8" else {"int8": half, "fp8": half}
+    expected = (
+        {"int8": half} if capability == 80 else {"fp8": 2 * half} if asked.startswith("fp8") else {"int8": half, "fp8": half}
+    )
     assert todo.flops_8bit == pytest.approx(expected) and todo.flops == exact.flops
     assert todo.memory.peak["denoise"] >= exact.memory.peak["denoise"]
+    references = [plan(replace(FIVE, attention=of, kernels="reference"), CAT).memory for of in ("auto", asked)]
+    assert references[0].working["denoise"] < references[1].working["denoise"]
 
 
 @pytest.mark.parametrize(
@@ -348,13 +356,20 @@ def test_attention_in_8_bits_that_cannot_be(gpu, capability, options, said):
         plan(replace(FIVE, **options), CAT)
 
 
+def test_another_projects_attention_needs_no_kernels_of_ours(gpu, monkeypatch):
+    monkeypatch.setattr("wan_fast.attention.installed", {"torch", "sageattention"}.__contains__)
+    gpu(80)
+    todo = plan(replace(FIVE, attention="sage"), CAT)
+    assert todo.kernels[1].backend == "sageattention" and not {*OF_ATTENTION} & {kernel.op for kernel in todo.kernels}
+
+
 def test_blocks_are_kept_for_attention_and_linears_alike(gpu):
     gpu(90)
     kept = plan(replace(FIVE, attention="int8", precision="int8", keep_blocks=3), CAT)
     rule = plan(replace(FIVE, attention="int8", precision="int8"), CAT)
     assert rule.flops_8bit["fp8"] / kept.flops_8bit["fp8"] == pytest.approx(30 / 24)
     assert "24 blocks" in kept.linears and "blocks 0-2, 27-29 are not" in kept.linears
-    with pytest.raises(WanFastError, match="--keep_blocks is for linears in 8 bits"):
+    with pytest.raises(WanFastError, match="--keep_blocks is for linears and attention in 8 bits"):
         plan(replace(FIVE, keep_blocks=3), CAT)
 
 

@@ -1,15 +1,17 @@
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from torch.autograd import DeviceType
 
+from bench.quality import emulated
 from wan_fast import EngineConfig, Request, WanFastError, profiling, roofs
 from wan_fast.cli import main
 from wan_fast.counting import Work, count_work, kind_of
 from wan_fast.engine import Engine
 from wan_fast.profiling import Profile
+from wan_fast.steps import in_8_bits
 
 REQUEST = Request(prompt="a ball", size=(64, 96), num_frames=9, num_steps=3, seed=3)
 
@@ -58,6 +60,20 @@ def test_counted_work_is_that_of_the_plan(engine):
     assert by_stage["decode"] == pytest.approx(todo.flops["decode"], rel=0.02)
     assert work["decode", "convolution"].flops > 0.9 * todo.flops["decode"]
     assert work["decode", "wan_fast kernel"].bytes > 9 * 64 * 96 * 3 * (4 + 1)  # the pixels, and the norms
+
+
+def test_steps_in_8_bits_are_counted_as_such(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with emulated():
+        engine = Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", dtype="fp32", attention="int8"))
+        todo = engine.plan(REQUEST)
+    moved = []
+    for keep in ((0, 0), (1, 0), (3, 0)):
+        steps = in_8_bits([replace(step, attention="exact") for step in todo.steps], keep)
+        work = count_work(engine, replace(todo, steps=steps))
+        moved.append(sum(done.bytes for (stage, _), done in work.items() if stage == "denoise"))
+    narrow, two, exact = moved
+    assert narrow != exact and two == pytest.approx((2 * narrow + exact) / 3)
 
 
 def test_a_profiled_run(engine, tmp_path):

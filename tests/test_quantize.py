@@ -185,7 +185,7 @@ def test_forms_follow_what_is_asked_the_device_and_the_file(asked, scaling, keep
         ("fp8", "auto", None, None, "fp8", "a CPU has no FP8 products; take --precision auto"),
         ("fp8", "auto", None, (7, 5), "", "has no FP8 .* take --precision bf16"),
         ("auto", "block", None, None, "fp8", "--scaling is for linears in 8 bits"),
-        ("auto", "auto", 1, (8, 0), "fp8", "--keep_blocks is for linears in 8 bits"),
+        ("auto", "auto", 1, (8, 0), "fp8", "--keep_blocks is for linears and attention in 8 bits"),
         ("int8", "auto", None, (7, 5), "", "compute capability 7.5 is below 8.0; take --precision bf16"),
         ("int8", "auto", None, (9, 0), "fp8", "linears are FP8 e4m3 already; take --precision fp8"),
         ("fp8", "auto", None, (9, 0), "int8", "linears are INT8 already; take --precision int8"),
@@ -194,7 +194,7 @@ def test_forms_follow_what_is_asked_the_device_and_the_file(asked, scaling, keep
         ("fp8", "auto", 1, (9, 0), "fp8", "--keep_blocks cannot undo"),
         ("int8", "auto", 1, None, "", "--keep_blocks 1 at either end leaves none of 2 blocks"),
         ("bf16", "row", None, None, "", "--scaling is for linears in 8 bits"),
-        ("auto", "auto", 2, None, "", "--keep_blocks is for linears in 8 bits"),
+        ("auto", "auto", 2, None, "", "--keep_blocks is for linears and attention in 8 bits"),
     ],
 )
 def test_what_cannot_be_is_refused_with_words(asked, scaling, keep, capability, stored, words):

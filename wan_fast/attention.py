@@ -255,11 +255,17 @@ def choose(asked: str, capability: tuple[int, int], dtype: str, head_dim: int, s
 
 
 def first_that_runs(
-    rows: Sequence[Backend], device: torch.device, dtype: torch.dtype, heads: int, head_dim: int, skip: float = 0.0
+    rows: Sequence[Backend],
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    head_dim: int,
+    skip: float = 0.0,
+    kernels: str = "auto",
 ) -> tuple[Backend, Any, list[str]]:
     """The first backend that takes a packed projection of `heads` x `head_dim`, its attention, and why those before it do not.
 
-    One in 8 bits must pass its self-test besides.
+    One in 8 bits must pass its self-test besides; `kernels` says with which kernels.
 
     Raises:
         WanFastError: none does, with each one's reason.
@@ -269,9 +275,8 @@ def first_that_runs(
         try:
             if row.eight_bit:
                 attention = row.make(skip)
-                self_test(
-                    row.name + " skipping" * (skip > 0), row.module, attention, of_projection(sdpa), device, dtype, head_dim
-                )
+                form = " skipping" * (skip > 0) + " by reference" * (kernels == "reference")
+                self_test(row.name + form, row.module, attention, of_projection(sdpa), device, dtype, head_dim)
             else:
                 attention = row.make()
                 attention(*torch.zeros(1, 16, 3, heads, head_dim, device=device, dtype=dtype).unbind(2))

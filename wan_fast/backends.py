@@ -82,6 +82,9 @@ def kernel_plan(
     attention = _attention(config, device, dtype, head_dim)
     if len(attention) > 1 and attention[1].backend != "sageattention":
         choices += [_fused(op, config.kernels, device) for op in OF_ATTENTION]
+        if attention[1].backend.endswith("cuda") and config.kernels == "auto":
+            said = KernelChoice(op="attention_8bit", backend="cuda", why="asked for")
+            choices = [said if choice.op == "attention_8bit" else choice for choice in choices]
     return (
         *attention,
         KernelChoice(op="linear", backend=" and ".join([*narrow, f"torch {dtype}"]), why=why),

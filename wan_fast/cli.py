@@ -196,6 +196,7 @@ def _plan(words: Sequence[str]) -> int:
         print(json.dumps(todo.to_dict(), indent=1, ensure_ascii=False, default=str))
         return 0
     _say_plan(todo)
+    _say_attention(todo)
     memory = todo.memory
     print("weights     " + ", ".join(f"{name} {_gib(count)}" for name, count in memory.weights.items()))
     for stage, peak in memory.peak.items():
@@ -210,11 +211,11 @@ def _plan(words: Sequence[str]) -> int:
         print("time        not predicted: the peak of this device is not on record")
     else:
         print(f"time        at least {todo.seconds_at_least:.1f} s ({todo.device.peak_tflops:.0f} TFLOP/s dense bf16)")
-    print("step  timestep     sigma  expert      guidance  conditional  unconditional")
+    print("step  timestep     sigma  expert      guidance  conditional  unconditional  attention")
     for step in todo.steps:
         print(
             f"{step.index:4d}  {step.timestep:8.0f}  {step.sigma:8.6f}  {step.expert:10s}  {step.guidance_scale:8g}  "
-            f"{step.conditional:11s}  {step.unconditional}"
+            f"{step.conditional:11s}  {step.unconditional:13s}  {step.attention}"
         )
     return 0
 

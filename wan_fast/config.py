@@ -175,9 +175,13 @@ class EngineConfig:
             raise WanFastError("--scaling tensor is for fp8: an integer's scale is that of its token; take --scaling row")
         _check_choice(self, "vae_dtype", "auto", "bf16", "fp16", "fp32")
         _check_choice(self, "attention", "auto", "sdpa", "flash", "xformers", *ATTENTION_8BIT)
-        if self.keep_steps is not None and (len(self.keep_steps) != 2 or min(self.keep_steps) < 0):
+        if self.keep_steps is not None and not (
+            isinstance(self.keep_steps, (tuple, list))
+            and len(self.keep_steps) == 2
+            and all(isinstance(count, int) and count >= 0 for count in self.keep_steps)
+        ):
             raise WanFastError(f"--keep_steps must be two numbers of 0 or more, got {self.keep_steps}; for example 2,1")
-        if not 0 <= self.skip_softmax < 1:
+        if not isinstance(self.skip_softmax, (int, float)) or not 0 <= self.skip_softmax < 1:
             raise WanFastError(f"--skip_softmax must be from 0 to below 1, got {self.skip_softmax}; for example 0.001")
         for flag, given in (("--keep_steps", self.keep_steps), ("--skip_softmax", self.skip_softmax)):
             if given and self.attention not in ATTENTION_8BIT:

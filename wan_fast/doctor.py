@@ -59,7 +59,8 @@ def _extension() -> str:
 def _attention() -> dict[str, str]:
     from wan_fast.attention import BACKENDS, facts
 
-    return {row.name: facts(row, describe("auto").capability or (0, 0)) for row in BACKENDS}
+    capability = describe("auto").capability or (0, 0)
+    return {row.name: facts(row, capability) for row in BACKENDS}
 
 
 def _kernels() -> dict[str, str]:
@@ -67,6 +68,9 @@ def _kernels() -> dict[str, str]:
     dtype = "fp32" if device.type == "cpu" else "bf16"
     reasons = {precision: schemes.computes(precision, device.capability) for precision in schemes.NAMES}
     said = ", ".join(f"--precision {precision}: {reason or 'possible'}" for precision, reason in reasons.items())
+    able_8bit = device.capability is not None and device.capability >= (8, 0)
     able = [schemes.Form(precision) for precision, reason in reasons.items() if not reason]
-    choices = kernel_plan(EngineConfig(task="ti2v-5B"), device, dtype, HEAD_DIM, able, said)
+    choices = kernel_plan(
+        EngineConfig(task="ti2v-5B", attention="int8" if able_8bit else "auto"), device, dtype, HEAD_DIM, able, said
+    )
     return {choice.op: f"{choice.backend} ({choice.why})" for choice in choices}

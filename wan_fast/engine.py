@@ -230,9 +230,12 @@ class Engine:
 
     def _settle(self, op: str, asked: str, dims: manifest.DiTDims) -> Any:
         """The attention of `asked` that runs."""
-        capability, skip = self._setup.device.capability or (0, 0), self.config.skip_softmax
+        config = self.config
+        capability, skip = self._setup.device.capability or (0, 0), config.skip_softmax
         rows = choose(asked, capability, self._setup.dtype, dims.head_dim)
-        row, attention, failures = first_that_runs(rows, self.device, self.dtype, dims.num_heads, dims.head_dim, skip)
+        row, attention, failures = first_that_runs(
+            rows, self.device, self.dtype, dims.num_heads, dims.head_dim, skip, config.kernels
+        )
         logging.getLogger(__name__).info("%s: %s", op, "; ".join([*failures, row.name]))
         if failures:
             settled = [

@@ -172,10 +172,11 @@ def settle(
         raise WanFastError(f"--precision {asked}: {reason}; take --precision {'auto' if held else [*able, 'bf16'][0]}")
     lacking = computes(held[0], capability) if held and asked == "auto" else ""
     if asked == "bf16" or not (held or asked in NAMES) or lacking:
-        for flag, given in (("--scaling", scaling != "auto"), ("--keep_blocks", keep is not None and not keeps_attention)):
-            if given:
+        unused = (("--scaling", "linears", scaling != "auto"), ("--keep_blocks", "linears and attention", keep is not None))
+        for flag, what, given in unused:
+            if given and not (flag == "--keep_blocks" and keeps_attention):
                 raise WanFastError(
-                    f"{flag} is for linears in 8 bits, and there are none here: --precision is {asked}; leave it out"
+                    f"{flag} is for {what} in 8 bits, and there are none here: --precision is {asked}; leave it out"
                 )
         if lacking:
             return {}, f"auto: the checkpoint's {NAMES[held[0]]} is converted as it is loaded, as {lacking}"
