@@ -114,27 +114,9 @@ def _attend(
         # a NaN is needed; a row beyond the last query, whose scale is 0, is not
         if tl.max(tl.where((most - limit < skip) | (q_scale == 0.0), 0, 1), axis=0) > 0:
             limit, total, out = _added(
-                x,
-                most,
-                q_scale,
-                v_ptr,
-                limit,
-                total,
-                out,
-                s0,
-                S,
-                b,
-                n,
-                head,
-                v_batch,
-                v_token,
-                N,
-                K,
-                NARROW,
-                TMA,
-                TAIL,
+                x, most, q_scale, v_ptr, limit, total, out, s0, S, b, n, head, v_batch, v_token, N, K, NARROW, TMA, TAIL,
                 BLOCK_S,
-            )
+            )  # fmt: skip
     else:
         limit, total, out = _added(
             x, most, q_scale, v_ptr, limit, total, out, s0, S, b, n, head, v_batch, v_token, N, K, NARROW, TMA, TAIL, BLOCK_S
