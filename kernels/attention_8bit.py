@@ -164,11 +164,15 @@ _CANDIDATES = tuple(
 )
 
 
+_DATA_CENTRE = (90, 100, 103)
+
+
 def _config(capability: int) -> dict[str, int]:
     """Tiles: the largest whose scores and sums fit 255 registers without spilling; not tuned on a device yet."""
-    if capability in (90, 100, 103):
+    if capability in _DATA_CENTRE:
         return _candidate(128, 128, 8, 2)
-    return _candidate(128, 64, 8, 3)
+    # a third stage would spill on 12.x
+    return _candidate(128, 64, 8, 2 if capability >= 120 else 3)
 
 
 def _launch(
@@ -191,8 +195,10 @@ def _launch(
     if interleaved:
         _by_extension(q, q_scale, k, k_scale, v, v_scale, v_center, skip, out, sums)
         return out, sums
-    config = _config(_capability(q))
-    tma = _capability(q) >= 90 and v_scale is not None and k.data_ptr() % 16 == v.data_ptr() % 16 == 0
+    capability = _capability(q)
+    config = _config(capability)
+    # on 12.x descriptors would spill
+    tma = capability in _DATA_CENTRE and v_scale is not None and k.data_ptr() % 16 == v.data_ptr() % 16 == 0
     tile = config["BLOCK_S"]
     with torch.cuda.device_of(q):
         _attention_8bit_kernel[(triton.cdiv(L, config["BLOCK_L"]), N, B)](

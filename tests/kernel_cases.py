@@ -781,7 +781,7 @@ def _real_attention_cases() -> list[RealCase]:
             _on_meta,
             lambda dtype, N=D // 128, L=T * H * W: (torch.empty(1, L, 3, N, 128, dtype=dtype, device="meta")[:, :, 2], False),
         )
-        cases.append(RealCase("quantize_values", task, values, 128, None, None, since=89, dtypes=(torch.bfloat16,)))
+        cases.append(RealCase("quantize_values", task, values, 128, 2, None, since=89, dtypes=(torch.bfloat16,)))
     attends = {
         "t2v-14B-720p": Attend(75600, 75600, 40, 128),
         "ti2v-5B-720p": Attend(27280, 27280, 24, 128, lse=True),
