@@ -170,6 +170,27 @@ def test_the_backend_that_runs_is_the_one_that_the_plan_names(monkeypatch, caplo
     assert f"attention: sdpa cudnn does not run here: no; {tried[1]}" in caplog.text
 
 
+def test_exact_attention_stays_beside_that_in_8_bits(monkeypatch):
+    """On a Hopper: text, and what is kept, take what "auto" takes."""
+    import wan_fast.engine as module
+
+    engine = Engine(TINY)
+    hopper = replace(engine._setup.device, name="cuda:0", capability=(9, 0))
+    monkeypatch.setattr(engine, "_setup", replace(engine._setup, device=hopper, dtype="bf16"))
+    monkeypatch.setattr(engine, "device", torch.device("cuda"))
+    monkeypatch.setattr(engine, "config", replace(engine.config, attention="int8", skip_softmax=0.1))
+    asked = []
+
+    def first_that_runs(rows, *args):
+        asked.append(([row.name for row in rows], args[-2:]))
+        return rows[0], rows[0].name, []
+
+    monkeypatch.setattr(module, "first_that_runs", first_that_runs)
+    engine._settle_attention()
+    assert (engine._attention, engine._attention_8bit) == ("sdpa cudnn", "int8 triton")
+    assert asked[1] == (["int8 triton"], (0.1, "auto")) and asked[0][0][0] == "sdpa cudnn"
+
+
 def test_attention_in_8_bits_runs_where_the_plan_says(monkeypatch, tmp_path):
     """On a CPU by the references: which steps and blocks take it, and that the clip stays near the exact one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
