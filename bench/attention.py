@@ -33,7 +33,6 @@ from bench.timer import measure
 from wan_fast import kernels, manifest
 from wan_fast.attention import (
     BACKENDS,
-    DTYPES,
     Attention8bit,
     Backend,
     Projected,
@@ -44,6 +43,7 @@ from wan_fast.attention import (
 )
 from wan_fast.config import WanFastError
 from wan_fast.dit import Grid
+from wan_fast.kernels.quantize_rows import DTYPES
 from wan_fast.manifest import DiTDims
 from wan_fast.schemes import Form, default_keep
 from wan_fast.tasks import HEAD_DIM, PATCH, TASKS

@@ -114,11 +114,11 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
     deterministic mode torch.empty gives NaN, or the largest integer.
     """
     import torch
-    from kernel_cases import CASES, FP8, REAL_CASES, dtypes_of, in_fp64, run
+    from kernel_cases import CASES, FP8, REAL_CASES, arguments, dtypes_of, in_fp64, run
     from numerics import assert_as_accurate
 
     from bench.results import line
-    from bench.tune import held_to, inputs, without_extension
+    from bench.tune import held_to, without_extension
     from wan_fast.kernels import KERNELS, backend
 
     wrong = 0
@@ -126,7 +126,7 @@ def check_kernels(device: torch.device, results: Results | None, *, real: bool =
     for case, dtype in product((*CASES, *(REAL_CASES if real else ())), (torch.float32, torch.bfloat16)):
         if dtype not in getattr(case, "dtypes", (dtype,)):
             continue
-        args, kernel = inputs(case, dtype, device), KERNELS[case.op]
+        args, kernel = arguments(case, dtype, device), KERNELS[case.op]
         if FP8 in dtypes_of(args) and (major, minor) < (8, 9):
             continue
         given, of = held_to(case.op, args)

@@ -27,8 +27,9 @@ from bench.registry import OURS, Build, Case, NotHere, Work, run
 from bench.timer import measure
 from wan_fast import kernels, manifest
 from wan_fast.dit import WanDiT
+from wan_fast.kernels.quantize_rows import DTYPES
 from wan_fast.manifest import DiTDims
-from wan_fast.quantize import DTYPES, QuantizedLinear, quantize_in, quantize_weight, swap
+from wan_fast.quantize import QuantizedLinear, quantize_in, quantize_weight, swap
 from wan_fast.roofs import measured
 from wan_fast.schemes import Form, default_keep, quantized_at_load
 from wan_fast.tasks import TASKS

@@ -9,13 +9,13 @@ from math import prod
 from typing import Any
 
 import torch
-from kernel_cases import REAL_CASES, RealCase
+from kernel_cases import REAL_CASES, RealCase, arguments
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from bench.registry import OURS, Build, Case, NotHere, Work
-from bench.tune import MANY_SCORES, inputs, scores, without_extension
+from bench.tune import MANY_SCORES, scores, without_extension
 from wan_fast.counting import not_touched, operations
 from wan_fast.kernels import KERNELS, backend, causal_conv3d, conv_weight
 from wan_fast.kernels._op import Kernel
@@ -47,7 +47,7 @@ def tokens(task: str, width: int, height: int, frames: int) -> int:
 def kernel(case: RealCase, dtype: torch.dtype, device: torch.device) -> Work:
     """An operator as the dispatcher runs it, its Triton kernel where that is another one, and its reference."""
     op = KERNELS[case.op]
-    args = inputs(case, dtype, device)
+    args = arguments(case, dtype, device)
     rates: dict[str, dict[str, float]] = {}
     if case.op == "attention_8bit":
         values = "fp8" if args[4].dtype == E4M3 else "bf16"

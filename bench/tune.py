@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from kernel_cases import REAL_CASES, Case, RealCase, arguments, in_fp64, run
+from kernel_cases import REAL_CASES, RealCase, arguments, in_fp64, run
 from numerics import assert_as_accurate
 from torch import Tensor
 
@@ -27,15 +27,6 @@ from wan_fast.kernels import KERNELS
 Tiles = dict[str, int]
 # in fp64 the reference of attention takes about a second for these
 MANY_SCORES = 4e9
-
-
-def inputs(case: Case | RealCase, dtype: torch.dtype, device: torch.device) -> tuple[Any, ...]:
-    """A case's arguments; where real attention in 8 bits is given random ones, with scales such as quantising gives."""
-    args = arguments(case, dtype, device)
-    if case.op == "attention_8bit" and isinstance(case, RealCase):
-        for scale in (args[1], args[3]):
-            scale.uniform_(0.5, 1.5).div_(40)
-    return args
 
 
 def scores(op: str, args: Sequence[Any]) -> float:
@@ -78,7 +69,7 @@ def sweep(case: RealCase, dtype: torch.dtype, device: torch.device, *, budget: f
         AssertionError: the tiles in use are refused themselves.
     """
     kernel, module = KERNELS[case.op], _module(case.op)
-    args = inputs(case, dtype, device)
+    args = arguments(case, dtype, device)
     given, of = held_to(case.op, args)
     expected, exact = run(kernel, kernel.reference, given), run(kernel, kernel.reference, in_fp64(given))
     seen: list[Tiles] = []

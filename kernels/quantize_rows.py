@@ -24,6 +24,8 @@ from ._op import register
 GROUP = 128
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 EIGHT_BITS = tuple(LARGEST)
+# by the name of a precision
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 # of a row of zeros
 _SMALLEST = tl.constexpr(1e-30)
 

@@ -635,7 +635,7 @@ def arguments(case: Case | RealCase, dtype: torch.dtype, device: str | torch.dev
                 return torch.tensor(0.02, device=device)
             strides = torch.empty_like(value).stride() if 0 in value.stride() else value.stride()
             made = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=device).normal_()
-            return made.abs_().mul_(0.01) if name.endswith("_scale") else made
+            return made.uniform_(0.5, 1.5).div_(40) if name.endswith("_scale") else made
         buffer = value.as_strided((value.untyped_storage().nbytes() // value.itemsize,), (1,), 0)
         return buffer.to(device).as_strided(value.shape, value.stride(), value.storage_offset())
 

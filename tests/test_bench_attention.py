@@ -3,7 +3,7 @@ from math import prod
 
 import pytest
 import torch
-from kernel_cases import REAL_CASES, Attend, run
+from kernel_cases import REAL_CASES, Attend, arguments, run
 
 from bench import attention, operations, registry, tune
 from bench.registry import OURS, Case, NotHere, Work
@@ -161,7 +161,7 @@ def test_the_reference_of_attention_is_no_arm_where_it_takes_seconds(id):
 
 def test_scales_of_random_attention_are_positive():
     case = REAL["attention_8bit/int8-of-64-channels"]
-    args = tune.inputs(case, torch.bfloat16, CPU)
+    args = arguments(case, torch.bfloat16, CPU)
     assert all(scale.min() > 0 and scale.max() < 0.04 for scale in (args[1], args[3]))
 
 

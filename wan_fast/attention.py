@@ -23,10 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan_fast.config import WanFastError
 from wan_fast.kernels import attention_8bit, keys_center, qk_norm_rope, qk_norm_rope_quantized, quantize_values
+from wan_fast.kernels.quantize_rows import DTYPES
 from wan_fast.self_test import self_test
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 class Projected(Protocol):

@@ -27,10 +27,10 @@ from wan_fast.kernels import (
     gemm_8bit_gelu,
     quantize_rows,
 )
+from wan_fast.kernels.quantize_rows import DTYPES
 from wan_fast.schemes import GROUP, Form
 from wan_fast.weights import Packed
 
-DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 Tokens = Tensor | Quantized
 
 
