@@ -11,8 +11,6 @@ from wan_fast.config import ATTENTION_8BIT, EngineConfig
 from wan_fast.device import Device
 from wan_fast.schemes import Form
 
-# those of attention in 8 bits, but for sageattention
-OF_ATTENTION = ("attention_8bit", "keys_center", "qk_norm_rope_quantized", "quantize_values")
 # of two choices of attention the second
 IN_8_BITS = "attention in 8 bits"
 
@@ -36,6 +34,8 @@ FUSED_8BIT = (
     *("adaln_modulate_quantized", "gated_residual_adaln_quantized", "gelu_tanh_quantized", "gemm_8bit", "gemm_8bit_add"),
     *("gemm_8bit_gelu", "quantize_rows"),
 )
+# those of attention in 8 bits, but for sageattention
+OF_ATTENTION = ("attention_8bit", "keys_center", "qk_norm_rope_quantized", "quantize_values")
 
 
 def settle_forms(

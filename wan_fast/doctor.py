@@ -64,11 +64,13 @@ def _attention() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, str]:
+    from wan_fast.attention import BACKENDS
+
     device = describe("auto")
     dtype = "fp32" if device.type == "cpu" else "bf16"
     reasons = {precision: schemes.computes(precision, device.capability) for precision in schemes.NAMES}
     said = ", ".join(f"--precision {precision}: {reason or 'possible'}" for precision, reason in reasons.items())
-    able_8bit = device.capability is not None and device.capability >= (8, 0)
+    able_8bit = any(row.runs_on(device.capability or (0, 0)) for row in BACKENDS if row.flag == "int8")
     able = [schemes.Form(precision) for precision, reason in reasons.items() if not reason]
     choices = kernel_plan(
         EngineConfig(task="ti2v-5B", attention="int8" if able_8bit else "auto"), device, dtype, HEAD_DIM, able, said
