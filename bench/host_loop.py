@@ -51,7 +51,7 @@ def sampler(count: int) -> None:
     # planned for one length, so that only the loop differs
     steps = step_plan(TASKS["ti2v-5B"], "unipc", LENGTHS[-1], 5.0, (5.0, 5.0))[:count]
     nothing = Nothing()
-    denoise(steps, nothing, lambda *_: nothing, lambda *_: None)  # type: ignore[arg-type,return-value]
+    denoise(steps, nothing, lambda *_: (nothing, nothing), lambda *_: None)  # type: ignore[arg-type,return-value]
 
 
 def instructions(kind: str, count: int) -> int:

@@ -14,14 +14,17 @@ STDLIB = set(sys.stdlib_module_names)
 
 # A module may import the modules of lower levels, and what is in its own folder.
 LEVELS: list[set[str]] = [
-    {"kernels", "tasks"},
+    {"errors", "kernels", "tasks"},
+    {"caches"},
     {"config"},
-    {"device", "flags", "headers", "manifest", "names", "steps"},
-    {"dialects"},
+    {"calibration", "device", "flags", "headers", "manifest", "names", "steps"},
+    {"dialects", "quality", "skipping"},
     {"schemes", "self_test", "weights"},
     {"attention", "parallel", "checkpoint", "lora", "quantize", "roofs", "video"},
     {"dit", "adapters", "vae", "encoders", "backends"},
-    {"conditioning", "planning", "sampler", "solver"},
+    {"branches", "conditioning", "distances", "sampler", "solver"},
+    {"schedule"},
+    {"planning"},
     {"graphs", "engine"},
     {"__init__"},
     {"counting", "doctor", "export", "server"},
@@ -33,7 +36,24 @@ LEVELS: list[set[str]] = [
 OUTSIDE: dict[str, set[str]] = {
     "kernels": STDLIB | {"torch", "triton"},
     **dict.fromkeys(
-        ["tasks", "config", "device", "flags", "headers", "manifest", "names", "steps", "dialects", "schemes"], STDLIB
+        [
+            "tasks",
+            "config",
+            "device",
+            "flags",
+            "headers",
+            "manifest",
+            "names",
+            "steps",
+            "dialects",
+            "schemes",
+            "errors",
+            "caches",
+            "calibration",
+            "skipping",
+            "quality",
+        ],
+        STDLIB,
     ),
 }
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

@@ -32,7 +32,11 @@ def no_reading_back(monkeypatch):
 
 def run(steps, noise, velocity, known=None, on_step=None):
     solver = Solver(steps, noise, known)
-    denoise(steps, solver.latents, velocity, solver, on_step=on_step)
+
+    def velocities(step, latents):
+        return tuple(velocity(step, latents, branch) for branch in ("conditional", "unconditional"))
+
+    denoise(steps, solver.latents, velocities, solver, on_step=on_step)
     return solver.latents
 
 

@@ -132,6 +132,9 @@ def _fused(op: str, asked: str, device: Device) -> KernelChoice:
         return KernelChoice(op=op, backend="reference", why="asked for")
     from wan_fast.kernels import KERNELS, backend, why_no_extension
 
+    if not device.here:
+        also = "; in CUDA C++ where the extension is built for it" if KERNELS[op].has_cuda else ""
+        return KernelChoice(op=op, backend="triton", why=f"auto{also}")
     chosen = backend(device.name, op)
     if not KERNELS[op].has_cuda:
         why = "auto: it exists in Triton alone"

@@ -105,6 +105,7 @@ def _run(words: Sequence[str]) -> int:
     target = _check_outputs(output, todo)
     _say_plan(todo)
     _say_attention(todo)
+    _say_schedule(todo)
     print("starting    PyTorch and transformers", flush=True)
 
     from safetensors.torch import save_file
@@ -115,8 +116,11 @@ def _run(words: Sequence[str]) -> int:
         _download(config)
     with _Bars(output.quiet) as bars, ExitStack() as files:
         engine = wan_fast.Engine(config, request=request, on_progress=bars)
-        if (settled := engine.plan(request)).kernels != todo.kernels:
+        settled = engine.plan(request)
+        if settled.kernels != todo.kernels:
             _say_attention(settled)
+        if settled.steps != todo.steps:  # the checkpoint was not here before
+            _say_schedule(settled)
         frames = _FloatFrames(todo) if output.save_frames else None
         # what could not be written of the video must not cost the other files
         unwritten: list[WanFastError] = []
@@ -188,15 +192,19 @@ class _FloatFrames:
 def _plan(words: Sequence[str]) -> int:
     parser = _run_parser("plan")
     parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--on", metavar="GPU", help="plan for this card, which need not be here: h200, h100, 5090, 4090, ...")
     parsed = parser.parse_args(words)
     config, request, output = _options(parsed)
-    todo = wan_fast.plan(config, request)
+    if parsed.on and config.device != "auto":
+        raise WanFastError(f"--on {parsed.on} and --device {config.device} name two devices; give one of them")
+    todo = wan_fast.plan(config, request, on=parsed.on)
     _check_outputs(output, todo)
     if parsed.json:
         print(json.dumps(todo.to_dict(), indent=1, ensure_ascii=False, default=str))
         return 0
     _say_plan(todo)
     _say_attention(todo)
+    _say_schedule(todo, always=True)
     memory = todo.memory
     print("weights     " + ", ".join(f"{name} {_gib(count)}" for name, count in memory.weights.items()))
     for stage, peak in memory.peak.items():
@@ -208,9 +216,10 @@ def _plan(words: Sequence[str]) -> int:
         print(f"kernel      {', '.join(kernel.op for kernel in kernels)}: {backend} ({why})")
     print("work        " + ", ".join(f"{stage} {count / 1e12:,.1f} TFLOP" for stage, count in todo.flops.items()))
     if todo.seconds_at_least is None:
-        print("time        not predicted: the peak of this device is not on record")
+        print("time        not predicted: the peak of this device is not on record; --on h200, say, predicts for another")
     else:
-        print(f"time        at least {todo.seconds_at_least:.1f} s ({todo.device.peak_tflops:.0f} TFLOP/s dense bf16)")
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in todo.seconds_by_stage.items())
+        print(f"time        at least {todo.seconds_at_least:.1f} s at {todo.device.model}'s peaks: {stages}")
     print("step  timestep     sigma  expert      guidance  conditional  unconditional  attention")
     for step in todo.steps:
         print(
@@ -247,6 +256,26 @@ def _say_plan(todo: Plan) -> None:
     print(f"plan        {todo.tokens:,} tokens, peak {_gib(todo.memory.peak[worst])} in {worst}, {placing}")
     for warning in todo.warnings:
         print(f"warning     {warning}")
+
+
+_LETTERS = {"run": "#", "reuse": ".", "reconstruct": "~", "zero": "0", "none": "-"}
+_WORDS = {"#": "computed", ".": "reused", "~": "reconstructed", "0": "predicts nothing", "-": "none"}
+
+
+def _say_schedule(todo: Plan, *, always: bool = False) -> None:
+    """A character per step and branch, and how many passes are left out; nothing where all are computed, but for `always`."""
+    rows = {name: "".join(_LETTERS[getattr(step, name)] for step in todo.steps) for name in ("conditional", "unconditional")}
+    if todo.quality:
+        print(f"quality     {todo.quality}")
+    if {*"".join(rows.values())} == {"#"} and not always:
+        return
+    if len({step.expert for step in todo.steps}) > 1:
+        print("expert      " + "".join(step.expert[0].upper() for step in todo.steps) + "  (H high noise, L low noise)")
+    used = ", ".join(f"{letter} {word}" for letter, word in _WORDS.items() if letter in "".join(rows.values()))
+    print(f"with prompt {rows['conditional']}  ({used})")
+    print(f"without     {rows['unconditional']}")
+    fewer = todo.forwards_uncached / todo.forwards
+    print(f"forwards    {todo.forwards} of {todo.forwards_uncached}, {fewer:.2f} times fewer")
 
 
 def _say_attention(todo: Plan) -> None:

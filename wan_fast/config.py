@@ -15,12 +15,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from wan_fast.caches import CfgCache, StepCache
+from wan_fast.errors import WanFastError as WanFastError
 from wan_fast.tasks import TASKS, TaskSpec
-
-
-class WanFastError(ValueError):
-    """The request cannot be carried out: what is wrong, the value seen, and what to do, in one line."""
-
 
 # values of --attention that compute in 8 bits
 ATTENTION_8BIT = ("int8", "fp8", "sage", "int8-sm90", "fp8-sm90")
@@ -136,6 +133,37 @@ class EngineConfig:
         "--skip_softmax",
         unit="PART",
     )
+    quality: Literal["lossless", "high", "fast", "draft"] | None = option(
+        None,
+        "measured choice of precision, attention and caches; lossless: none that changes the picture; what is given beside it "
+        "stays; the plan says what it took",
+        "--quality",
+        unit="lossless|high|fast|draft",
+    )
+    step_cache: str | None = option(
+        None,
+        "steps that reuse what the blocks added the step before: off, teacache[:T], teacache-ret[:T], magcache[:T[,K[,R]]], "
+        "every[:N], searched[:P%], or a mask, '#' for a computed step and '.' for a reused one; T is a threshold, or P%, the "
+        "share of steps to compute; default off",
+        "--step-cache",
+        unit="CACHE",
+    )
+    cfg_cache: str | None = option(
+        None,
+        "unconditional passes that are reconstructed from the conditional ones: off, difference[:N[,START]], "
+        "frequency[:N[,START]], gate[:START]; one in N is computed, all are before START, a part of the steps; default off",
+        "--cfg-cache",
+        unit="CACHE",
+    )
+    cfg_zero: int | None = option(
+        None, "CFG-Zero*: guidance of optimal scale, and the first N steps predict nothing; default off", "--cfg-zero", unit="N"
+    )
+    calibration: str | None = option(
+        None,
+        "what wan-fast calibrate wrote, for the caches; default: beside the checkpoint, in the user's cache, or as published",
+        "--calibration",
+        unit="JSON",
+    )
     kernels: Literal["auto", "reference"] = option(
         "auto", "auto: the fused kernels, where there is a GPU; reference: their definition in plain PyTorch", "--kernels"
     )
@@ -184,10 +212,21 @@ class EngineConfig:
         if not isinstance(self.skip_softmax, (int, float)) or not 0 <= self.skip_softmax < 1:
             raise WanFastError(f"--skip_softmax must be from 0 to below 1, got {self.skip_softmax}; for example 0.001")
         for flag, given in (("--keep_steps", self.keep_steps), ("--skip_softmax", self.skip_softmax)):
-            if given and self.attention not in ATTENTION_8BIT:
+            # a preset's attention is known with the device
+            if given and self.attention not in ATTENTION_8BIT and (self.quality is None or self.attention != "auto"):
                 raise WanFastError(
                     f"{flag} is for attention in 8 bits, --attention is {self.attention}; add --attention int8, or leave it out"
                 )
+        _check_choice(self, "quality", None, "lossless", "high", "fast", "draft")
+        _ = self.caches
+        if self.cfg_zero is not None and not 0 <= self.cfg_zero <= 1000:
+            raise WanFastError(
+                f"--cfg-zero must be a number of steps from 0 to 1000, got {self.cfg_zero}; the authors take 2 of 50"
+            )
+        if self.calibration is not None and not Path(self.calibration).is_file():
+            raise WanFastError(
+                f"--calibration {str(self.calibration)!r} is not a file; check the path, or run wan-fast calibrate"
+            )
         _check_choice(self, "kernels", "auto", "reference")
         if self.vram is not None and self.vram <= 0:
             raise WanFastError(f"--vram must be positive, got {self.vram} bytes")
@@ -195,6 +234,11 @@ class EngineConfig:
     @property
     def spec(self) -> TaskSpec:
         return TASKS[self.task]
+
+    @property
+    def caches(self) -> tuple[StepCache | None, CfgCache | None]:
+        """What --step-cache and --cfg-cache say."""
+        return StepCache.parse(self.step_cache or "off"), CfgCache.parse(self.cfg_cache or "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,7 +402,7 @@ def _pair(scale: float | tuple[float, float]) -> tuple[float, float]:
     return (float(scale), float(scale)) if isinstance(scale, (int, float)) else (float(scale[0]), float(scale[1]))
 
 
-def _check_choice(options: Any, name: str, *allowed: str) -> None:
+def _check_choice(options: Any, name: str, *allowed: str | None) -> None:
     value = getattr(options, name)
     if value not in allowed:
-        raise WanFastError(f"{name} must be one of {' '.join(allowed)}, got {value!r}")
+        raise WanFastError(f"{name} must be one of {' '.join(filter(None, allowed))}, got {value!r}")

@@ -66,12 +66,7 @@ class Work:
 def count_work(engine: Engine, todo: Plan) -> dict[tuple[str, str], Work]:
     """(stage, class) -> work of denoising and decoding; what the text encoder does is not counted."""
     work: dict[tuple[str, str], Work] = {}
-    forwards = Counter(
-        (step.expert, step.attention == "8-bit")
-        for step in todo.steps
-        for run in (step.conditional, step.unconditional)
-        if run == "run"
-    )
+    forwards = Counter((step.expert, step.attention == "8-bit") for step in todo.steps for _ in range(step.forwards))
     with torch.inference_mode(False), torch.no_grad(), torch.device("meta"):
         for (expert, in_8_bits), count in forwards.items():
             loaded = engine.models[expert]

@@ -11,22 +11,34 @@ from pathlib import Path
 
 from wan_fast.config import WanFastError
 
-# dense bf16 tensor-core peak, TFLOP/s, from the vendor's data sheets; the first name found in the device's wins
-_PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312,
-    "L40S": 362, "L40": 181, "L4": 121, "A40": 150, "A10": 125, "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71,
+# dense bf16 tensor-core peak, TFLOP/s, and bandwidth, TB/s, from the vendor's data sheets; the first name found in the device's
+# wins
+_PEAKS = {
+    "B200": (2250, 8.0), "H200": (989, 4.8), "GH200": (989, 4.8), "H100 PCIe": (756, 2.0), "H100": (989, 3.35),
+    "H800": (989, 3.35), "H20": (148, 4.0), "A100": (312, 2.0), "A800": (312, 2.0), "L40S": (362, 0.864), "L40": (181, 0.864),
+    "L4": (121, 0.3), "A40": (150, 0.696), "A10": (125, 0.6), "RTX 5090": (209, 1.79), "RTX 4090": (165, 1.01),
+    "RTX 3090": (71, 0.936),
+}  # fmt: skip
+# what `plan --on` knows: model, memory in GiB, compute capability
+_NAMED = {
+    "b200": ("NVIDIA B200", 178, (10, 0)), "h200": ("NVIDIA H200", 139, (9, 0)), "h100": ("NVIDIA H100 80GB HBM3", 79, (9, 0)),
+    "h20": ("NVIDIA H20", 95, (9, 0)), "a100": ("NVIDIA A100-SXM4-80GB", 79, (8, 0)), "l40s": ("NVIDIA L40S", 44, (8, 9)),
+    "l4": ("NVIDIA L4", 22, (8, 9)), "a10": ("NVIDIA A10", 22, (8, 6)), "5090": ("NVIDIA GeForce RTX 5090", 31, (12, 0)),
+    "4090": ("NVIDIA GeForce RTX 4090", 23, (8, 9)), "3090": ("NVIDIA GeForce RTX 3090", 23, (8, 6)),
 }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One device: `name` as torch spells it, memory in bytes (`free` of the host: available now)."""
+    """One device: `name` as torch spells it, memory in bytes (`free` of the host: available now); `here` is False for one that
+    is only planned for."""
 
     name: str
     model: str
     memory: int
     free: int
     capability: tuple[int, int] | None = None
+    here: bool = True
 
     @property
     def type(self) -> str:
@@ -43,7 +55,31 @@ class Device:
     @property
     def peak_tflops(self) -> float | None:
         """Dense bf16 peak, where it is known."""
-        return next((float(p) for name, p in _PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", self.model)), None)
+        return self._peaks and float(self._peaks[0])
+
+    @property
+    def bandwidth(self) -> float | None:
+        """Of its memory, in bytes per second, where it is known."""
+        return self._peaks and self._peaks[1] * 1e12
+
+    @property
+    def _peaks(self) -> tuple[float, float] | None:
+        return next((peaks for name, peaks in _PEAKS.items() if re.search(rf"\b{name}\b", self.model)), None)
+
+
+def named(name: str) -> Device:
+    """A card to plan for that need not be here: "h200", "RTX 4090".
+
+    Raises:
+        WanFastError: it is not on record.
+    """
+    key = re.sub(r"^(nvidia|geforce|rtx|[\s_-])+", "", name.strip().lower())
+    if key not in _NAMED:
+        raise WanFastError(f"--on {name}: this card is not on record; those that are: {' '.join(_NAMED)}")
+    model, memory, capability = _NAMED[key]
+    return Device(
+        name="cuda:0", model=model, memory=memory * 2**30, free=(memory - 1) * 2**30, capability=capability, here=False
+    )
 
 
 def describe(name: str) -> Device:

@@ -65,7 +65,14 @@ class WanDiT(nn.Module):
         self.head = Head(dims)
 
     def forward(
-        self, latents: Tensor, timestep: Tensor, context: Context, *, split: int = 0, in_8_bits: bool = False
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        context: Context,
+        *,
+        split: int = 0,
+        in_8_bits: bool = False,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """Velocity of a noisy clip.
 
@@ -75,6 +82,7 @@ class WanDiT(nn.Module):
             context: what `prepare` returned for this text and grid.
             split: tokens before it take timestep row 0, the rest row 1, where R is 2.
             in_8_bits: self-attention is in 8 bits in the blocks that have it.
+            residual: [B, L, D] in any float dtype, becomes the block stack's output less its input, for `resume`.
 
         Returns:
             [B, C, T, H, W] fp32.
@@ -84,7 +92,7 @@ class WanDiT(nn.Module):
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [B, R, 6, D]
         tables = torch.stack([block.modulation for block in self.blocks])[:, None] + modulation  # [blocks, B, R, 6, D]
         # each block ends with the norm that the next one, or the head, begins with
-        heads_own = (self.head.modulation + time[:, :, None]).unbind(2)
+        heads_own = self.head.modulated_by(time)
         following = [*(tuple(table[:, :, :2].unbind(2)) for table in tables[1:]), heads_own]
         first, *others = (takes(block.self_attn.qkv) for block in self.blocks)
         shift, scale = tables[0, :, :, :2].unbind(2)
@@ -93,6 +101,24 @@ class WanDiT(nn.Module):
             self.blocks, tables, context.keys_values, following, [*others, torch.float32], strict=True
         ):
             y = block(x, y, table, split, context, keys_values, then, to, in_8_bits)
+        if residual is not None:
+            torch.sub(x, self.embed(latents), out=residual)  # embedding again is cheaper than keeping a copy through the blocks
+        T, H, W = latents.shape[2:]
+        return unpatchify(self.head.head(y), (T, H, W))
+
+    def resume(self, latents: Tensor, timestep: Tensor, residual: Tensor, *, split: int = 0) -> Tensor:
+        """Velocity of a noisy clip, with what the block stack added in an earlier forward in the place of the blocks.
+
+        Args:
+            latents, timestep, split: as in `forward`.
+            residual: [B, L, D] that a forward left.
+
+        Returns:
+            [B, C, T, H, W] fp32.
+        """
+        x = self.embed(latents)
+        shift, scale = self.head.modulated_by(self.time_embedding(sinusoid(timestep, self.dims.freq_dim)))
+        y = added_and_modulated(x, residual, None, shift, scale, torch.float32, split=split, eps=self.dims.eps)
         T, H, W = latents.shape[2:]
         return unpatchify(self.head.head(y), (T, H, W))
 
@@ -271,6 +297,11 @@ class Head(nn.Module):
         super().__init__()
         self.modulation = nn.Parameter(torch.empty(1, 2, dims.dim))
         self.head = nn.Linear(dims.dim, 4 * dims.out_dim)
+
+    def modulated_by(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale [B, R, D] of its norm, from the time embedding [B, R, D]."""
+        shift, scale = (self.modulation + time[:, :, None]).unbind(2)
+        return shift, scale
 
 
 def sinusoid(timestep: Tensor, dim: int) -> Tensor:

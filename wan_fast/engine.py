@@ -19,10 +19,11 @@ from wan_fast import checkpoint as checkpoints
 from wan_fast import manifest, video
 from wan_fast.attention import Attention, Projected, choose, first_that_runs, sdpa
 from wan_fast.backends import IN_8_BITS
+from wan_fast.branches import Branches
 from wan_fast.checkpoint import Packed, Part
 from wan_fast.conditioning import PREPARE, Conditioning
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request, WanFastError
-from wan_fast.dit import Context, WanDiT, fuse, grid_of
+from wan_fast.dit import WanDiT, fuse
 from wan_fast.encoders import TextEncoder, Tokenizer
 from wan_fast.kernels import only_reference
 from wan_fast.planning import GIB, Plan, Setup, plan, set_up
@@ -82,6 +83,7 @@ class Engine:
             self._setup = _free_now(self._setup)
         opened = self._setup.checkpoint
         assert opened is not None
+        config = self._setup.config
         self.config = replace(config, offload_model=_offload(config, self._setup, request))
         self.spec = config.spec
         self.device = torch.device(self._setup.device.name)
@@ -155,18 +157,11 @@ class Engine:
     def _denoise(
         self, todo: Plan, conditioning: Conditioning, on_step: Callable[[Step], None] | None, progress: Progress
     ) -> Tensor:
-        rows = [[0.0, s.timestep] if conditioning.split else [s.timestep] for s in todo.steps]
-        timesteps = torch.tensor(rows, device=self.device)[:, None]  # [steps, 1, R]
         solver = Solver(todo.steps, self._noise(todo), conditioning.known)
-        contexts: dict[tuple[str, str], Context] = {}
-
-        def velocity(step: Step, latents: Tensor, branch: str) -> Tensor:
-            model = self._expert(step.expert)
-            if (step.expert, branch) not in contexts:
-                contexts[step.expert, branch] = model.prepare([conditioning.text[branch]], grid_of(latents.shape))
-            context = contexts[step.expert, branch]
-            in_8_bits = step.attention == "8-bit"
-            return model(latents[None], timesteps[step.index], context, split=conditioning.split, in_8_bits=in_8_bits)[0]
+        branches = Branches(
+            todo.steps, self._expert, conditioning.text, conditioning.split, self.device,
+            zero_star=todo.config.cfg_zero is not None,
+        )  # fmt: skip
 
         def report(step: Step) -> None:
             progress("denoise", step.index + 1, step.total)
@@ -175,7 +170,7 @@ class Engine:
 
         progress("denoise", 0, len(todo.steps))
         try:
-            denoise(todo.steps, solver.latents, velocity, solver, on_step=report)
+            denoise(todo.steps, solver.latents, branches, solver, on_step=report)
             return solver.latents
         finally:
             self._expert(None)

@@ -25,8 +25,6 @@ _NOT_YET: dict[str, tuple[bool, tuple[str, ...]]] = {
     **dict.fromkeys(("--src_root_path", "--refert_num", "--num_clip", "--audio", "--infer_frames"), (True, ())),
     **dict.fromkeys(("--tts_prompt_audio", "--tts_prompt_text", "--tts_text", "--pose_video", "--lora"), (True, ())),
     **dict.fromkeys(("--replace_flag", "--use_relighting_lora", "--enable_tts", "--start_from_ref"), (False, ())),
-    "--step-cache": (True, ("off",)),
-    "--cfg-cache": (True, ("off",)),
     "--cuda-graphs": (False, ()),
     "--no-cuda-graphs": (False, ("",)),
 }

@@ -19,10 +19,12 @@ from wan_fast import manifest, schemes
 from wan_fast.backends import KernelChoice, kernel_plan, settle_forms
 from wan_fast.checkpoint import Checkpoint
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request, Resolved, WanFastError, resolve
-from wan_fast.device import Device, describe
+from wan_fast.device import Device, describe, named
 from wan_fast.headers import read_safetensors_header
+from wan_fast.quality import settle
+from wan_fast.schedule import schedule
 from wan_fast.schemes import Form
-from wan_fast.steps import Step, in_8_bits, step_plan
+from wan_fast.steps import Step
 from wan_fast.tasks import PATCH, TILE_HALO, TaskSpec
 from wan_fast.video import image_size
 
@@ -64,6 +66,7 @@ class Plan:
     dtype: str
     vae_dtype: str
     linears: str
+    quality: str
     checkpoint: Checkpoint | None
     latent_shape: tuple[int, int, int, int]
     tokens: int
@@ -75,14 +78,31 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
+    def forwards(self) -> int:
+        """Passes through the block stack."""
+        return sum(step.forwards for step in self.steps)
+
+    @property
+    def forwards_uncached(self) -> int:
+        """The same, were none left out."""
+        return sum(1 + (step.unconditional != "none") for step in self.steps)
+
+    @property
     def seconds_at_least(self) -> float | None:
         """The device's roofline: no run is faster. None where the device's peak is not known."""
-        peak = self.device.peak_tflops
-        if peak is None:
-            return None
-        wide = sum(self.flops.values()) - sum(self.flops_8bit.values())
-        narrow = sum(count / (self.device.peak_tops(name) or peak) for name, count in self.flops_8bit.items())
-        return (wide / peak + narrow) / 1e12
+        return sum(self.seconds_by_stage.values()) if self.seconds_by_stage else None
+
+    @property
+    def seconds_by_stage(self) -> dict[str, float]:
+        """The same by stage: its products at the device's peak; denoising also reads the weights in every forward."""
+        peak, bandwidth = self.device.peak_tflops, self.device.bandwidth
+        if peak is None or bandwidth is None:
+            return {}
+        seconds = {stage: count / peak / 1e12 for stage, count in self.flops.items()}
+        narrow = sum(count * (1 / (self.device.peak_tops(name) or peak) - 1 / peak) for name, count in self.flops_8bit.items())
+        weights = [count for label, count in self.memory.weights.items() if label.startswith("DiT")]
+        reading = self.forwards * sum(weights) / len(weights) / bandwidth
+        return {**seconds, "denoise": max(seconds["denoise"] + narrow / 1e12, reading)}
 
     def to_dict(self) -> dict[str, Any]:
         request, config = dataclasses.asdict(self.request), dataclasses.asdict(self.config)
@@ -95,22 +115,37 @@ class Plan:
             "dtype": self.dtype,
             "vae_dtype": self.vae_dtype,
             "linears": self.linears,
+            "quality": self.quality,
             "latent_shape": self.latent_shape,
             "tokens": self.tokens,
-            "steps": [dataclasses.asdict(step) for step in self.steps],
+            "steps": [
+                {
+                    **dataclasses.asdict(step),
+                    "run_cond": step.conditional == "run",
+                    "run_uncond": step.unconditional == "run",
+                }
+                for step in self.steps
+            ],
+            "forwards": self.forwards,
+            "forwards_uncached": self.forwards_uncached,
             "memory": {f.name: _plain(getattr(self.memory, f.name)) for f in dataclasses.fields(self.memory)},
             "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels],
             "flops": dict(self.flops),
             "flops_8bit": dict(self.flops_8bit),
             "seconds_at_least": self.seconds_at_least,
+            "seconds_by_stage": self.seconds_by_stage,
             "warnings": list(self.warnings),
         }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What is known of an engine before any request."""
+    """What is known of an engine before any request. `config` is without a preset: `quality` says what it took, and `preset`
+    which fields."""
 
+    config: EngineConfig
+    quality: str
+    preset: frozenset[str]
     device: Device
     dtype: str
     vae_dtype: str
@@ -122,8 +157,12 @@ class Setup:
     """The same in words, and why."""
 
 
-def set_up(config: EngineConfig) -> Setup:
+def set_up(config: EngineConfig, device: Device | None = None) -> Setup:
     """Find the device, the compute dtype, the kernels and the checkpoint, which is checked if it is here.
+
+    Args:
+        config: the engine.
+        device: another one than the configured, of `device.named`, say.
 
     Raises:
         WanFastError: something asked for is not there, or the checkpoint is not one of the task.
@@ -132,7 +171,8 @@ def set_up(config: EngineConfig) -> Setup:
     opened = checkpoints.open_checkpoint(path) if path else None
     if opened:
         checkpoints.check(opened, config.spec)
-    device = describe(config.device)
+    device = device or describe(config.device)
+    config, quality, preset = settle(config, device)
     dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
     vae_dtype = config.vae_dtype if config.vae_dtype != "auto" else "fp32" if device.type == "cpu" else dtype
     # last: on a GPU it has to import torch
@@ -145,6 +185,9 @@ def set_up(config: EngineConfig) -> Setup:
             f"--keep_blocks {config.keep_blocks} at either end leaves none of {dims.num_layers} blocks; take a smaller number"
         )
     return Setup(
+        config=config,
+        quality=quality,
+        preset=preset,
         device=device,
         dtype=dtype,
         vae_dtype=vae_dtype,
@@ -155,20 +198,22 @@ def set_up(config: EngineConfig) -> Setup:
     )
 
 
-def plan(config: EngineConfig, request: Request, setup: Setup | None = None) -> Plan:
+def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, on: str | None = None) -> Plan:
     """Everything known beforehand about making one video; allocates nothing and downloads nothing.
 
     Args:
         config: the engine.
         request: the video.
         setup: what `set_up(config)` returned, where it is at hand.
+        on: a card to plan for in the place of the device, which need not be here: "h200", "RTX 4090".
 
     Raises:
         WanFastError: the request cannot be carried out, with what is wrong and what to do.
     """
     spec = config.spec
     resolve(spec, request)  # what is wrong with it whatever the checkpoint
-    setup = setup or set_up(config)
+    setup = setup or set_up(config, named(on) if on else None)
+    config = config if config.quality is None else setup.config
     opened = setup.checkpoint
     todo = resolve(spec, request, Request(**opened.defaults) if opened and opened.defaults else None)
     warnings = []
@@ -185,17 +230,10 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None) -> 
     if todo.noise is not None:
         _check_noise(Path(todo.noise), latent_shape)
     tokens = prod(latent_shape[1:]) // prod(PATCH)
-    steps = step_plan(spec, todo.solver, todo.num_steps, todo.shift, todo.guidance_scale)
-    if config.attention in ATTENTION_8BIT:
-        keep = config.keep_steps or (0, 0)
-        if sum(keep) >= len(steps):
-            raise WanFastError(
-                f"--keep_steps {keep[0]},{keep[1]} leaves none of {len(steps)} steps in 8 bits; take smaller numbers, or "
-                "--attention auto"
-            )
-        steps = in_8_bits(steps, keep)
     models = _Models.of(spec, opened)
-    memory = _memory_plan(config, models, setup, latent_shape, todo)
+    steps, said = schedule(config, todo, opened, next(iter(models.experts.values())), setup.preset)
+    warnings += said
+    memory = _memory_plan(config, models, setup, latent_shape, todo, steps)
     flops = _flops(models, steps, latent_shape, tokens, todo)
     if memory.decode_tiles > 1:
         times = _tiled_flops(models.vae, latent_shape, memory.decode_tiles) / flops["decode"]
@@ -211,6 +249,7 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None) -> 
         dtype=setup.dtype,
         vae_dtype=setup.vae_dtype,
         linears=setup.linears,
+        quality=setup.quality,
         checkpoint=opened,
         latent_shape=latent_shape,
         tokens=tokens,
@@ -266,7 +305,12 @@ class _Models:
 
 
 def _memory_plan(
-    config: EngineConfig, models: _Models, setup: Setup, latent_shape: tuple[int, int, int, int], request: Resolved
+    config: EngineConfig,
+    models: _Models,
+    setup: Setup,
+    latent_shape: tuple[int, int, int, int],
+    request: Resolved,
+    steps: tuple[Step, ...],
 ) -> MemoryPlan:
     """Weights and working memory by stage; models take turns on the device only where the budget asks for it."""
     device, size = setup.device, 2 if setup.dtype == "bf16" else 4
@@ -284,7 +328,8 @@ def _memory_plan(
     at_work = {"text": ["text encoder"], "denoise": dits, "decode": ["VAE"]}
     working = {
         "text": _text_bytes(models.text, size),
-        "denoise": _denoise_bytes(models.experts, latent_shape, size, fused, setup.forms, config.attention in ATTENTION_8BIT),
+        "denoise": _denoise_bytes(models.experts, latent_shape, size, fused, setup.forms, config.attention in ATTENTION_8BIT)
+        + _kept_bytes(models.experts, latent_shape, size, steps),
     }
     if request.image is not None:
         at_work["encode"] = ["VAE"]
@@ -377,6 +422,19 @@ def _denoise_bytes(
     return largest + 10 * 4 * prod(latent_shape)
 
 
+def _kept_bytes(
+    experts: Mapping[str, manifest.DiTDims], latent_shape: tuple[int, ...], size: int, steps: tuple[Step, ...]
+) -> int:
+    """What caches keep from step to step: a residual of the block stack per branch that is reused, and the difference between
+    the branches, in two bands where they are weighed by themselves, with what a Fourier transform holds besides."""
+    tokens = prod(latent_shape[1:]) // prod(PATCH)
+    branches = any(step.conditional == "reuse" for step in steps) + any(step.unconditional == "reuse" for step in steps)
+    residuals = branches * tokens * max(dims.dim for dims in experts.values()) * size
+    reconstructed = [step.difference for step in steps if step.unconditional == "reconstruct"]
+    in_bands = any(low != high for low, high in reconstructed)
+    return residuals + bool(reconstructed) * (6 if in_bands else 1) * 4 * prod(latent_shape)
+
+
 def _some_whole(forms: Mapping[str, Form], dims: manifest.DiTDims) -> bool:
     """Whether the feed-forward of a block is not in 8 bits."""
     return any(f"blocks.{i}.ffn.2" not in forms for i in range(dims.num_layers))
@@ -466,7 +524,7 @@ def _dit_bytes(dims: manifest.DiTDims, forms: Mapping[str, Form], size: int) -> 
 def _flops(
     models: _Models, steps: tuple[Step, ...], latent_shape: tuple[int, ...], tokens: int, request: Request
 ) -> dict[str, float]:
-    forwards = sum((step.conditional == "run") + (step.unconditional == "run") for step in steps)
+    forwards = sum(step.forwards for step in steps)
     dims = next(iter(models.experts.values()))
     used = len({step.expert for step in steps})
     _, T, h, w = latent_shape
@@ -501,8 +559,7 @@ def _flops_8bit(models: _Models, setup: Setup, config: EngineConfig, steps: tupl
                 count = 2.0 * tokens * tokens * dims.dim * (dims.num_layers - 2 * (config.keep_blocks or 0))
                 per_forward[product] = per_forward.get(product, 0) + count
         for precision, count in per_forward.items():
-            times = (step.conditional == "run") + (step.unconditional == "run")
-            flops[precision] = flops.get(precision, 0) + times * count
+            flops[precision] = flops.get(precision, 0) + step.forwards * count
     return flops
 
 

@@ -13,16 +13,16 @@ from wan_fast.steps import Step
 if TYPE_CHECKING:  # without torch at run time, the loop's own instructions can be counted
     from torch import Tensor
 
-# (step, latents [C, T, H, W], branch) -> velocity [C, T, H, W]; branch is "conditional" or "unconditional"
-Velocity: TypeAlias = "Callable[[Step, Tensor, str], Tensor]"
+# (step, latents [C, T, H, W]) -> conditional and unconditional velocity [C, T, H, W], None without guidance: `Branches`
+Velocities: TypeAlias = "Callable[[Step, Tensor], tuple[Tensor, Tensor | None]]"
 # (step, conditional, unconditional velocity): changes the latents
-Advance: TypeAlias = "Callable[[Step, Tensor, Tensor], None]"
+Advance: TypeAlias = "Callable[[Step, Tensor, Tensor | None], None]"
 
 
 def denoise(
     steps: Sequence[Step],
     latents: Tensor,
-    velocity: Velocity,
+    velocities: Velocities,
     advance: Advance,
     *,
     on_step: Callable[[Step], None] | None = None,
@@ -32,13 +32,12 @@ def denoise(
     Args:
         steps: the plan's table.
         latents: [C, T, H, W] fp32, noise at first, which `advance` changes.
-        velocity: the model, for one step and branch.
+        velocities: the model, for one step.
         advance: the solver, a `Solver` over these latents.
         on_step: called after each step has been issued.
     """
     for step in steps:
-        conditional = velocity(step, latents, "conditional")
-        unconditional = velocity(step, latents, "unconditional")
+        conditional, unconditional = velocities(step, latents)
         advance(step, conditional, unconditional)
         if on_step:
             on_step(step)

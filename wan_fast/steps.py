@@ -22,8 +22,14 @@ from wan_fast.tasks import NUM_TRAIN_TIMESTEPS, TaskSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One denoising step. `timestep` is what the model sees, `sigma` and `next_sigma` what the solver uses; `attention` is
-    "exact" or "8-bit", which self-attention then is where the model has it."""
+    """One denoising step.
+
+    timestep: what the model sees. sigma, next_sigma: what the solver uses.
+    conditional: "run", "reuse" (the block stack's last residual), or "zero" (nothing is predicted).
+    unconditional: the same, "reconstruct" (the conditional velocity less the last difference of the two), or "none".
+    difference: what the low and the high frequencies of that difference are multiplied by.
+    attention: "exact" or "8-bit", which self-attention then is where the model has it.
+    """
 
     index: int
     total: int
@@ -34,9 +40,15 @@ class Step:
     guidance_scale: float
     conditional: str = "run"
     unconditional: str = "run"
+    difference: tuple[float, float] = (1.0, 1.0)
     attention: str = "exact"
     corrector: tuple[float, float, float, float] | None
     predictor: tuple[float, float, float]
+
+    @property
+    def forwards(self) -> int:
+        """Passes through the block stack."""
+        return (self.conditional == "run") + (self.unconditional == "run")
 
     @property
     def kind(self) -> tuple[str, str, str, str]:

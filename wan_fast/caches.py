@@ -1,0 +1,132 @@
+"""What --step-cache and --cfg-cache can say. Standard library only; `skipping` has what it means."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from wan_fast.errors import WanFastError
+
+STEP_CACHES = ("teacache", "teacache-ret", "magcache", "every", "searched")
+CFG_CACHES = ("difference", "frequency", "gate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCache:
+    """Which steps take the block stack's result from the step before.
+
+    kind: of STEP_CACHES, or "mask". threshold: of teacache and magcache; None is the calibration's. share: in its place, the
+    part of the steps that may be computed. max_skips, retention: of magcache, steps reused in a row and the part of all steps
+    at the start that is computed; None is the calibration's. every: one computed step in so many. mask: # and . by step.
+    """
+
+    kind: str
+    threshold: float | None = None
+    share: float | None = None
+    max_skips: int | None = None
+    retention: float | None = None
+    every: int = 2
+    mask: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> StepCache | None:
+        """None for "off".
+
+        Raises:
+            WanFastError: it says none of these.
+        """
+        kind, colon, rest = text.strip().partition(":")
+        if kind == "off" and not colon:
+            return None
+        if re.fullmatch(r"[#.]+", text.strip()):
+            if text.strip()[0] != "#" or text.strip()[-1] != "#":
+                raise WanFastError(
+                    f"--step-cache {text}: the first and the last step are computed; let the mask begin and end with #"
+                )
+            return cls(kind="mask", mask=text.strip())
+        if kind not in STEP_CACHES:
+            close = get_close_matches(kind, ("off", *STEP_CACHES), 1)
+            ways = "off, teacache[:T], teacache-ret[:T], magcache[:T[,K[,R]]], every[:N], searched[:P%] or a mask like ##..##"
+            raise WanFastError(
+                f"--step-cache {text!r} is unknown; " + (f"did you mean {close[0]}?" if close else f"take {ways}")
+            )
+        first, *others = rest.split(",") if colon else [""]
+        found = cls(kind=kind)
+        if kind == "every":
+            return cls(kind=kind, every=_whole(f"--step-cache {text}", first or "2", "N, one step in N is computed,", 2, 100))
+        if first.endswith("%"):
+            share = _number(f"--step-cache {text}", first[:-1], "the share of steps to compute", 0, 100) / 100
+            found = cls(kind=kind, share=share)
+        elif first and kind == "searched":
+            raise WanFastError(
+                f"--step-cache {text}: a searched mask is picked by the share of steps it computes, as in searched:50%"
+            )
+        elif first:
+            found = cls(kind=kind, threshold=_number(f"--step-cache {text}", first, "the threshold", 0, 1, closed=True))
+        if len(others) > (2 if kind == "magcache" else 0):
+            raise WanFastError(
+                f"--step-cache {text}: {len(others) + 1} values are too many; magcache takes T,K,R, the others one"
+            )
+        K = _whole(f"--step-cache {text}", others[0], "K, the steps reused in a row,", 1, 100) if others else None
+        R = None
+        if len(others) > 1:
+            R = _number(f"--step-cache {text}", others[1], "R, the part of all steps computed first,", -1e-9, 1)
+        return cls(kind=kind, threshold=found.threshold, share=found.share, max_skips=K, retention=R)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CfgCache:
+    """Where the unconditional pass is reconstructed from the conditional one and the last difference of the two.
+
+    kind: of CFG_CACHES. every: it is computed at one in so many computed conditional steps; 0: never again (gate). start: the
+    part of all steps before which nothing is reconstructed.
+    """
+
+    kind: str
+    every: int
+    start: float
+
+    @classmethod
+    def parse(cls, text: str) -> CfgCache | None:
+        """None for "off".
+
+        Raises:
+            WanFastError: it says none of these.
+        """
+        kind, colon, rest = text.strip().partition(":")
+        if kind == "off" and not colon:
+            return None
+        flag = f"--cfg-cache {text}"
+        if kind not in CFG_CACHES:
+            close = get_close_matches(kind, ("off", *CFG_CACHES), 1)
+            ways = "off, difference[:N[,START]], frequency[:N[,START]] or gate[:START]"
+            raise WanFastError(
+                f"--cfg-cache {text!r} is unknown; " + (f"did you mean {close[0]}?" if close else f"take {ways}")
+            )
+        values = rest.split(",") if colon else []
+        if len(values) > (1 if kind == "gate" else 2):
+            raise WanFastError(f"{flag}: too many values; gate takes START, the others N,START")
+        if kind == "gate":
+            return cls(
+                kind=kind, every=0, start=_number(flag, values[0] if values else "0.5", "the part of steps before it", 0, 1)
+            )
+        every = _whole(flag, values[0] if values else "2", "N, one pass in N is computed,", 2, 100)
+        start = _number(flag, values[1], "the part of steps before it", -1e-9, 1) if len(values) > 1 else 0.3
+        return cls(kind=kind, every=every, start=start)
+
+
+def _number(flag: str, text: str, what: str, low: float, high: float, *, closed: bool = False) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not (low < value < high or (closed and value == high)):
+        raise WanFastError(f"{flag}: {what} must be a number from {max(low, 0):g} to {high:g}, got {text!r}")
+    return max(value, 0.0)
+
+
+def _whole(flag: str, text: str, what: str, low: int, high: int) -> int:
+    if not re.fullmatch(r"\s*\d+\s*", text) or not low <= int(text) <= high:
+        raise WanFastError(f"{flag}: {what} must be a whole number from {low} to {high}, got {text!r}")
+    return int(text)

@@ -1,0 +1,169 @@
+"""What step caches must know of a model: published data, and what `wan-fast calibrate` found. Standard library only.
+
+A file of them is JSON: {"sources" or "model": ..., "entries": [an object as `Calibration` has fields]}. Published ones are in
+assets/published_caches.json, which names its sources; a checkpoint's own lie beside it or in the user's cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, log
+from pathlib import Path
+from typing import Any
+
+from wan_fast.errors import WanFastError
+
+FILE = "wan_fast_caches.json"
+PUBLISHED = Path(__file__).parent / "assets" / "published_caches.json"
+BRANCHES = ("conditional", "unconditional")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What was recorded of one model at one shape.
+
+    magcache: "conditional" and "unconditional", the ratio of magnitudes of each step's residual to that of the one before, from
+    the second step on; "threshold", "max_skips", "retention"; "high_noise": "computed" where that expert is never skipped.
+    teacache: signal ("embedding", "projection") -> expert -> coefficients, highest power first, and "threshold".
+    masks: what was searched: {"mask", "error"}, from the most computed steps to the fewest.
+    size, num_frames, image: None where it is not of one.
+    """
+
+    model: str
+    num_steps: int
+    shift: float
+    magcache: Mapping[str, Any] = field(default_factory=dict)
+    teacache: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    masks: Sequence[Mapping[str, Any]] = ()
+    tasks: Sequence[str] = ()
+    size: Sequence[int] | None = None
+    num_frames: int | None = None
+    image: bool | None = None
+    guidance_scale: Sequence[float] | None = None
+    prompts: int | None = None
+    lora: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """The run that a calibration is looked for."""
+
+    task: str
+    num_steps: int
+    shift: float
+    size: tuple[int, int]
+    num_frames: int
+    image: bool
+
+
+def published(task: str) -> list[Calibration]:
+    return [entry for entry in _entries(PUBLISHED, json.loads(PUBLISHED.read_text(encoding="utf-8"))) if task in entry.tasks]
+
+
+def own(checkpoint: Path | None, fingerprint: str, given: str | None) -> tuple[list[Calibration], Path | None]:
+    """The checkpoint's own calibrations and their file: the one given, else that beside it, else that in the user's cache.
+
+    Raises:
+        WanFastError: a file is not one, or of another model.
+    """
+    files = [Path(given)] if given else [checkpoint / FILE, in_user_cache(checkpoint)] if checkpoint else []
+    for file in files:
+        if file.is_file() or given:
+            return read(file, fingerprint), file
+    return [], None
+
+
+def in_user_cache(checkpoint: Path) -> Path:
+    """Where a calibration goes whose checkpoint cannot be written to."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "wan-fast" / "calibrations" / f"{hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()[:16]}.json"
+
+
+def read(file: Path, fingerprint: str) -> list[Calibration]:
+    """The calibrations of a file.
+
+    Raises:
+        WanFastError: it cannot be read, is not one of them, or is of another model.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        model, entries = found["model"], _entries(file, found)
+    except OSError as error:
+        raise WanFastError(f"calibration {str(file)!r} cannot be read: {error.strerror}; check the path") from None
+    except (ValueError, KeyError, TypeError):
+        raise WanFastError(f"{str(file)!r} is not a calibration; delete it, and run wan-fast calibrate") from None
+    if model != fingerprint:
+        raise WanFastError(
+            f"calibration {str(file)!r} is of another model ({model}; this has {fingerprint}); run wan-fast calibrate for this"
+        )
+    return entries
+
+
+def write(file: Path, fingerprint: str, entries: Sequence[Calibration]) -> None:
+    """Write them in the place of what is there; whole or not at all."""
+    plain = [{name: value for name in Calibration.__slots__ if (value := getattr(entry, name))} for entry in entries]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    text = json.dumps({"model": fingerprint, "entries": plain}, indent=1)
+    try:
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def best(entries: Sequence[Calibration], wanted: Wanted) -> tuple[Calibration | None, list[str]]:
+    """The entry that is nearest to a run, and in words what of it is another."""
+    if not entries:
+        return None, []
+
+    def distance(entry: Calibration) -> tuple[float, ...]:
+        return (
+            entry.image is not None and entry.image != wanted.image,
+            round(2 * _far(entry.size, wanted.size)),  # 480P or 720P
+            entry.num_steps != wanted.num_steps,
+            entry.shift != wanted.shift,
+            _far(entry.size, wanted.size),
+            abs(log(entry.num_steps / wanted.num_steps)),
+            abs((entry.num_frames or wanted.num_frames) - wanted.num_frames),
+        )
+
+    entry = min(entries, key=distance)
+    other = []
+    if entry.num_steps != wanted.num_steps:
+        other.append(f"{entry.num_steps} steps")
+    if entry.shift != wanted.shift:
+        other.append(f"shift {entry.shift:g}")
+    if entry.num_frames and (_far(entry.size, wanted.size) > 0.05 or entry.num_frames != wanted.num_frames):
+        other.append("x".join(map(str, (*(entry.size or ()), entry.num_frames))))
+    if entry.image is not None and entry.image != wanted.image:
+        other.append("a run " + ("with" if entry.image else "without") + " a picture")
+    return entry, other
+
+
+def _far(size: Sequence[int] | None, wanted: Sequence[int]) -> float:
+    """How much the areas differ, whichever side is the longer; 0 where there is none."""
+    return abs(log(size[0] * size[1] / (wanted[0] * wanted[1]))) if size else 0.0
+
+
+def _entries(file: Path, found: Mapping[str, Any]) -> list[Calibration]:
+    """Those of a file.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is another kind of file.
+    """
+    known = set(Calibration.__slots__)
+    entries = [Calibration(**{k: v for k, v in entry.items() if k in known}) for entry in found["entries"]]
+    for entry in entries:
+        curves = [entry.magcache[branch] for branch in BRANCHES] if entry.magcache else []
+        polynomials = [c for signal in entry.teacache.values() for name, c in signal.items() if name != "threshold"]
+        numbers = [float(x) for values in (*curves, *polynomials) for x in values]
+        if any(len(curve) != entry.num_steps - 1 for curve in curves) or not all(map(isfinite, numbers)):
+            raise ValueError(f"{file}: a curve of another length, or a number that is none")
+        if any(len(found["mask"]) != entry.num_steps or set(found["mask"]) - {"#", "."} for found in entry.masks):
+            raise ValueError(f"{file}: a mask of another length")
+    return entries

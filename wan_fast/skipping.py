@@ -1,0 +1,330 @@
+"""Which passes of the plan are computed, reused or reconstructed: the rules behind --step-cache and --cfg-cache.
+
+A step that is reused adds the block stack's last residual, its output less its input, to the new tokens, and runs the head
+alone. All rules are known before the loop: none reads a latent.
+
+TeaCache (arXiv 2411.19108) adds up a polynomial of the relative L1 distance between the time embeddings of neighbouring steps,
+and computes again when the sum reaches a threshold. MagCache (arXiv 2506.09045) multiplies measured ratios of the residuals'
+magnitudes, and adds up how far the product is from 1. Reconstruction from the difference of the two passes: arXiv 2312.12487,
+in two frequency bands arXiv 2410.19355; CFG-Zero*: arXiv 2503.18886. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from wan_fast.caches import CfgCache, StepCache
+from wan_fast.calibration import BRANCHES, Calibration
+from wan_fast.errors import WanFastError
+from wan_fast.steps import Step
+
+# steps computed first by TeaCache on the embedding, and on its projection ("ret")
+WARM_UP = {"embedding": 1, "projection": 5}
+SIGNALS = {"teacache": "embedding", "teacache-ret": "projection"}
+# magcache: what is tried, in this order, to reach a share of steps
+MAX_SKIPS = (2, 3, 4, 6, 9)
+# up to which number of steps every one changes too much to be reused
+FEW_STEPS = 8
+
+
+class Rule(Protocol):
+    """Decides for one branch, step by step; at a step that is reconstructed it is not asked, and its counters stand still."""
+
+    def reuse(self, index: int) -> bool:
+        """Whether this step may take the last residual."""
+        ...
+
+    def computed(self) -> None:
+        """The step is computed: the residual is new."""
+        ...
+
+
+@dataclass
+class TeaCache:
+    """`changes`: by step, the polynomial of the distance to the step before."""
+
+    changes: Sequence[float]
+    threshold: float
+    warm_up: int
+    total: float = 0.0
+
+    def reuse(self, index: int) -> bool:
+        if index < self.warm_up:
+            return False
+        self.total += self.changes[index]
+        return self.total < self.threshold
+
+    def computed(self) -> None:
+        self.total = 0.0
+
+
+@dataclass
+class MagCache:
+    """`ratios`: by step, of the residual's magnitude to that of the step before; `kept`: steps that are computed."""
+
+    ratios: Sequence[float]
+    threshold: float
+    max_skips: int
+    kept: frozenset[int]
+    ratio: float = 1.0
+    error: float = 0.0
+    skips: int = 0
+
+    def reuse(self, index: int) -> bool:
+        if index in self.kept:
+            return False
+        self.ratio *= self.ratios[index]
+        self.skips += 1
+        self.error += abs(1 - self.ratio)
+        return self.error < self.threshold and self.skips <= self.max_skips
+
+    def computed(self) -> None:
+        self.ratio, self.error, self.skips = 1.0, 0.0, 0
+
+
+@dataclass
+class Mask:
+    """`mask`: a # for every step that is computed."""
+
+    mask: str
+
+    def reuse(self, index: int) -> bool:
+        return self.mask[index] == "."
+
+    def computed(self) -> None:
+        pass
+
+
+def teacache(
+    signal: str,
+    distances: Sequence[float],
+    coefficients: Mapping[str, Sequence[float]],
+    steps: Sequence[Step],
+    threshold: float,
+) -> TeaCache:
+    """`distances`: by step, mean |s - s of the step before| / mean |s of the step before|; `coefficients`: by expert."""
+    changes = []
+    for step, distance in zip(steps, distances, strict=True):
+        value = 0.0
+        for coefficient in coefficients[step.expert]:
+            value = value * distance + coefficient
+        changes.append(value)
+    return TeaCache(changes, threshold, WARM_UP[signal])
+
+
+def resampled(curve: Sequence[float], num_steps: int) -> list[float]:
+    """A curve of any number of steps but the first, as one of `num_steps` with the first: the nearest points of it."""
+    whole = [1.0, *curve]
+    if len(whole) == num_steps:
+        return whole
+    return [whole[round(i * (len(whole) - 1) / max(num_steps - 1, 1))] for i in range(num_steps)]
+
+
+def retained(branch: int, steps: Sequence[Step], retention: float, high_noise: str | None) -> frozenset[int]:
+    """Steps that MagCache computes, counted as its authors do: passes of both branches in turn.
+
+    high_noise: "computed" where that expert is never skipped.
+    """
+    passes, split = 2 * len(steps), 2 * sum(step.expert == "high_noise" for step in steps)
+    after = split + (passes - split) * retention
+
+    def kept(number: int) -> bool:
+        if not split:
+            return number < int(passes * retention)
+        if high_noise == "computed":
+            return number < int(after)
+        return number < int(split * retention) or split <= number <= after
+
+    return frozenset(i for i in range(len(steps)) if kept(2 * i + branch))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What rules are made from: `calibration` of the model, None where there is none, and `distances` of its time embeddings
+    by signal."""
+
+    calibration: Calibration | None
+    distances: Callable[[str], Sequence[float]]
+    others: Sequence[str] = field(default=())
+    """In words, what of the calibration is of another run."""
+
+
+def rules(cache: StepCache, steps: Sequence[Step], known: Known) -> dict[str, Rule]:
+    """A rule per branch.
+
+    Raises:
+        WanFastError: the model has no calibration for it, or a mask is of another length.
+    """
+    if cache.share is not None and cache.kind != "searched":
+        return _by_share(cache, steps, known)
+    if cache.kind == "mask":
+        _check_mask(cache.mask, steps)
+        return {branch: Mask(cache.mask) for branch in BRANCHES}
+    if cache.kind == "every":
+        return {branch: Mask(("#" + "." * (cache.every - 1)) * len(steps)) for branch in BRANCHES}
+    found = known.calibration
+    if cache.kind == "searched":
+        mask = _searched(found, cache.share if cache.share is not None else 0.5, len(steps), known.others)
+        return {branch: Mask(mask) for branch in BRANCHES}
+    if cache.kind == "magcache":
+        if found is None or not found.magcache:
+            raise WanFastError(
+                "--step-cache magcache: no curve of this model is known; run wan-fast calibrate, or take every:2"
+            )
+        curve = found.magcache
+        given = {"threshold": cache.threshold, "max_skips": cache.max_skips, "retention": cache.retention}
+        limits = {name: curve[name] if value is None else value for name, value in given.items()}
+        return {
+            branch: MagCache(
+                resampled(curve[branch], len(steps)),
+                limits["threshold"],
+                int(limits["max_skips"]),
+                retained(number, steps, limits["retention"], curve.get("high_noise")),
+            )
+            for number, branch in enumerate(BRANCHES)
+        }
+    signal = SIGNALS[cache.kind]
+    coefficients = found.teacache.get(signal) if found else None
+    if not coefficients or any(step.expert not in coefficients for step in steps):
+        raise WanFastError(
+            f"--step-cache {cache.kind}: no coefficients for this model are known; run wan-fast calibrate, or take magcache"
+        )
+    threshold = coefficients["threshold"] if cache.threshold is None else cache.threshold
+    polynomials = {name: values for name, values in coefficients.items() if name != "threshold"}
+    return {branch: teacache(signal, known.distances(signal), polynomials, steps, threshold) for branch in BRANCHES}
+
+
+def _by_share(cache: StepCache, steps: Sequence[Step], known: Known) -> dict[str, Rule]:
+    """The rules with the lowest threshold, of the fewest steps reused in a row, that compute no more than the share."""
+    assert cache.share is not None
+    most, fewest = int(cache.share * len(steps) + 1e-9), len(steps)
+    limits = (None,) if cache.kind != "magcache" else (cache.max_skips,) if cache.max_skips else MAX_SKIPS
+    for max_skips in limits:
+        for number in range(81):
+            threshold = 1e-4 * 10 ** (number / 20)  # to 1
+            made = replace(cache, share=None, threshold=threshold, max_skips=max_skips)
+            count = computed_mask(rules(made, steps, known)["conditional"], steps).count("#")
+            fewest = min(fewest, count)
+            if count <= most:
+                return rules(made, steps, known)
+    raise WanFastError(
+        f"--step-cache {cache.kind}:{cache.share:.0%} is {most} of {len(steps)} steps, and it computes {fewest} at "
+        "the fewest; ask for more"
+    )
+
+
+def _check_mask(mask: str, steps: Sequence[Step]) -> None:
+    if len(mask) != len(steps):
+        raise WanFastError(f"--step-cache {mask} has {len(mask)} steps, the run has {len(steps)}; give one # or . per step")
+    for i in forced(steps):
+        if mask[i] == ".":
+            raise WanFastError(
+                f"--step-cache {mask} reuses step {i}, which must be computed as the first of expert {steps[i].expert} or the "
+                "last of all; put a # there"
+            )
+
+
+def _searched(found: Calibration | None, share: float, num_steps: int, others: Sequence[str]) -> str:
+    if found is None or not found.masks:
+        raise WanFastError("--step-cache searched: no mask was searched for this model; run wan-fast calibrate --search")
+    if found.num_steps != num_steps or any("shift" in other for other in others):
+        raise WanFastError(
+            f"--step-cache searched: masks were searched for {found.num_steps} steps at shift {found.shift:g}, this run has "
+            f"{num_steps}; run wan-fast calibrate --search for it, or take --step-cache magcache"
+        )
+    fitting = [row["mask"] for row in found.masks if row["mask"].count("#") <= share * num_steps + 1e-9]
+    if not fitting:
+        fewest = min(row["mask"].count("#") for row in found.masks)
+        raise WanFastError(
+            f"--step-cache searched:{share:.0%}: the cheapest mask computes {fewest} of {num_steps} steps; ask for more"
+        )
+    return max(fitting, key=lambda mask: mask.count("#"))
+
+
+def forced(steps: Sequence[Step]) -> list[int]:
+    """Steps that are computed whatever a rule says: the first of each expert, and the last."""
+    return [i for i, step in enumerate(steps) if i in (0, len(steps) - 1) or step.expert != steps[i - 1].expert]
+
+
+def computed_mask(rule: Rule, steps: Sequence[Step], also: Iterable[int] | None = None) -> str:
+    """What a rule computes of one branch on its own; `also`: what is forced, the default `forced(steps)`."""
+    always, mask = set(forced(steps) if also is None else also), ""
+    for i in range(len(steps)):
+        if i not in always and rule.reuse(i):
+            mask += "."
+        else:
+            rule.computed()
+            mask += "#"
+    return mask
+
+
+def without_guidance(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """The plan without the unconditional pass where its weight is 0."""
+    return tuple(replace(step, unconditional="none") if step.guidance_scale == 1 else step for step in steps)
+
+
+def with_caches(
+    steps: Sequence[Step], by_branch: Mapping[str, Rule] | None, cfg: CfgCache | None, zero: int = 0
+) -> tuple[Step, ...]:
+    """The plan with what need not be computed left out.
+
+    The first `zero` steps predict nothing (CFG-Zero*). A conditional pass follows its rule, and the unconditional one its own,
+    up to the start of the CFG cache. From there on the unconditional pass is computed at every Nth computed conditional one, at
+    the first step of an expert and, where it is computed at all, at the last step. It is reconstructed at the other computed
+    conditional passes; where the conditional pass is reused, both are if their residuals are of the same step, else it is
+    reconstructed. While it is reconstructed the counters of its rule stand still, and they begin anew as it is computed.
+
+    Args:
+        steps: the plan, all of it computed but for `without_guidance`.
+        by_branch: the rules of a step cache.
+        cfg: the CFG cache.
+        zero: steps at the start that predict nothing.
+    """
+    always = {max(i, zero) for i in forced(steps)}
+    rule_of: Mapping[str, Rule | None] = by_branch or dict.fromkeys(BRANCHES)
+    rows: list[Step] = []
+    twins = False  # the residuals of both branches are of the same step
+    since = 0  # computed conditional passes since an unconditional one was
+    for i, step in enumerate(steps):
+        guided, last = step.unconditional != "none", i == len(steps) - 1
+        if i < zero:
+            rows.append(replace(step, conditional="zero", unconditional="zero" if guided else "none"))
+            continue
+        conditional = _decided(rule_of["conditional"], i, i in always)
+        since += conditional == "run"
+        caching = cfg is not None and i >= cfg.start * len(steps) and (i not in always or (last and not cfg.every))
+        if not guided:
+            unconditional = "none"
+        elif not cfg or not caching:
+            unconditional = _decided(rule_of["unconditional"], i, i in always)
+        elif conditional == "reuse":
+            unconditional = "reuse" if twins else "reconstruct"
+        elif cfg.every and since >= cfg.every:
+            unconditional = _decided(rule_of["unconditional"], i, True)
+        else:
+            unconditional = "reconstruct"
+        if unconditional == "run":
+            since = 0
+        if "run" in (conditional, unconditional):
+            twins = conditional == unconditional
+        weights = _weights(cfg, step) if unconditional == "reconstruct" else (1.0, 1.0)
+        rows.append(replace(step, conditional=conditional, unconditional=unconditional, difference=weights))
+    return tuple(rows)
+
+
+def _decided(rule: Rule | None, index: int, must: bool) -> str:
+    if rule is None:
+        return "run"
+    if not must and rule.reuse(index):
+        return "reuse"
+    rule.computed()
+    return "run"
+
+
+def _weights(cfg: CfgCache | None, step: Step) -> tuple[float, float]:
+    """What the low and the high frequencies of the last difference are multiplied by; arXiv 2410.19355 and its code."""
+    if cfg is None or cfg.kind != "frequency":
+        return 1.0, 1.0
+    return (1.1 if 99 < step.timestep < 901 else 1.0), (1.1 if step.timestep < 301 else 1.0)
