@@ -22,6 +22,7 @@ from bench.registry import OURS, Case, NotHere, Work
 from bench.timer import graph
 from wan_fast import manifest
 from wan_fast.attention import Attention, choose, first_that_runs, sdpa
+from wan_fast.branches import Branches
 from wan_fast.checkpoint import locate, open_checkpoint
 from wan_fast.config import EngineConfig, Request
 from wan_fast.dit import WanDiT, grid_of
@@ -32,7 +33,7 @@ from wan_fast.planning import DECODES
 from wan_fast.profiling import busy
 from wan_fast.sampler import denoise
 from wan_fast.solver import Solver
-from wan_fast.steps import Step, step_plan
+from wan_fast.steps import step_plan
 from wan_fast.tasks import TASKS, VAES
 from wan_fast.vae import WanVAE
 
@@ -228,18 +229,14 @@ def denoising(task: str, video: tuple[int, int, int], num_steps: int, device: to
     shape = latent_shape(task, *video)
     parts = make_dit(DiTDims.of_task(spec), shape, BF16, device)
     steps = step_plan(spec, "unipc", num_steps, spec.shift, spec.guidance_scale)
-    timesteps = torch.tensor([[step.timestep] for step in steps], device=device)[:, None]
     noise = torch.randn(shape, device=device)
-    contexts = {branch: parts["context"] for branch in ("conditional", "unconditional")}
-
-    def velocity(step: Step, latents: Tensor, branch: str) -> Tensor:
-        return parts["model"](latents[None], timesteps[step.index], contexts[branch])[0]
-
+    branches = Branches(steps, lambda name: parts["model"], {}, 0, device)
+    branches.contexts = {("model", branch): parts["context"] for branch in ("conditional", "unconditional")}
     dims = parts["model"].dims
 
     def ours() -> Tensor:
         solver = Solver(steps, noise)
-        denoise(steps, solver.latents, velocity, solver)
+        denoise(steps, solver.latents, branches, solver)
         return solver.latents
 
     return Work(
