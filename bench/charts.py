@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,20 @@ TITLES = {
 }
 # a validated palette of hues that colour-blind readers can tell apart
 _BLUE, _ORANGE, _GREEN, _GREY = "#2a78b5", "#e08214", "#3a9a5b", "#8a8a8a"
+_PURPLE, _PINK = "#9467bd", "#c23b80"
+# of quality, what its rows are: colour and style; those without a line are no sweep of one number
+_CURVES = {
+    "magcache": (_BLUE, "o-"),
+    "teacache": (_ORANGE, "s-"),
+    "teacache-ret": (_ORANGE, "<:"),
+    "searched": (_PURPLE, "^-"),
+    "every": (_GREEN, "D-"),
+    "CFG cache": (_PINK, "P"),
+    "step and CFG cache": (_PINK, "X"),
+    "presets": ("black", "*"),
+    "presets in 8 bits": ("black", "1"),
+    "no cache, fewer steps": (_GREY, ".--"),
+}
 
 Found = list[tuple[str, Mapping[str, Any]]]
 
@@ -136,5 +151,46 @@ def _roofline(axis: Any, numbers: Mapping[str, Any]) -> None:
     axis.legend(fontsize=8, frameon=False, loc="lower right")
 
 
-_DRAW = {"latency": _latency, "ablation": _ablation, "roofline": _roofline}
+def quality(path: Path, found: Mapping[str, Any]) -> None:
+    """Draw what bench.quality found, by number of steps: curves of [passes, PSNR], and errors by step."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = pyplot.subplots(len(found), 2, figsize=(12, 4.2 * len(found)), squeeze=False)
+    for (left, right), (steps, numbers) in zip(axes, found.items(), strict=True):
+        left.set_title(f"{steps} steps: PSNR of the frames against the full run, dB", fontsize=9, loc="left")
+        left.set_xlabel("passes through the blocks", fontsize=8)
+        for name, (colour, style) in _CURVES.items():
+            if points := numbers["curves"].get(name):
+                left.plot(*zip(*points, strict=True), style, color=colour, label=name, markersize=5, linewidth=1)
+        right.set_title(f"{steps} steps: error of the velocity at the full run's latents", fontsize=9, loc="left")
+        right.set_xlabel("step; those that are computed have no error", fontsize=8)
+        right.set_xlim(-0.5, int(steps) - 0.5)
+        _errors(right, numbers["errors"])
+        for axis in (left, right):
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(labelsize=8)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"data": digest(found), "Software": None})
+    pyplot.close(figure)
+
+
+def _errors(axis: Any, runs: Mapping[str, list[float]]) -> None:
+    some = [error for errors in runs.values() for error in errors if error]
+    if not some:
+        return
+    for (name, errors), colour, mark in zip(runs.items(), (_BLUE, _ORANGE, _GREEN, _PURPLE, "black"), "osD^v", strict=True):
+        points = [(step, error) for step, error in enumerate(errors) if error]
+        axis.plot(*zip(*points, strict=True), f"{mark}:", color=colour, label=name, markersize=5, linewidth=0.8)
+    axis.set_yscale("log")
+    axis.set_ylim(10 ** floor(log10(min(some))), 10 ** ceil(log10(max(some))))
+    axis.yaxis.set_major_formatter("{x:g}")
+
+
+_DRAW: Mapping[str, Any] = {"latency": _latency, "ablation": _ablation, "roofline": _roofline}
 _HEIGHT = {"latency": 1.6, "ablation": 1.9, "roofline": 3.6}

@@ -1,59 +1,96 @@
-"""What 8 bits do to the picture: PSNR of whole videos of `tiny`, and the error of every linear and every attention.
+"""What caches and 8 bits do to whole videos: error, PSNR and SSIM against the full run, beside those of fewer steps.
 
-    python -m bench.quality                  # 20 prompts, every scheme; writes bench/results/quality.md
-    python -m bench.quality --prompts 3      # fewer; prints alone
+    python -m bench.quality                          # tiny, every run; writes bench/results/quality.md and its chart
+    python -m bench.quality --prompts 2 'magcache*'  # fewer; prints alone; --list says which there are
+    python -m bench.quality --task ti2v-5B --ckpt_dir FOLDER --prompts_file FILE --out FOLDER --prompts 4
 
-On the CPU, where FP8 is emulated: values are rounded to e4m3 and multiplied in fp32. All numbers are against the same model in
-fp32 from the same noise; none depends on the machine beyond rounding.
+On a CPU 8 bits are emulated: values are rounded and multiplied in fp32. The full run of every prompt is held in memory, with
+the latents and velocities of all steps: 3.4 GB for 121 frames of 1280x704 in 50 steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
-from math import log, log2, log10
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from math import inf, log10
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from bench import RESULTS
-from wan_fast import attention, schemes
-from wan_fast.attention import Attention8bit, Projected, of_projection, sdpa
-from wan_fast.config import EngineConfig, Request
+from bench import RESULTS, charts
+from bench.quality_8bit import (  # noqa: F401, some are for those who import them from here
+    ATTENTIONS,
+    FORMS,
+    attention_errors,
+    emulated,
+    linear_errors,
+    plain_fp8,
+    quantized,
+    sqnr,
+    synthetic_attention_errors,
+    synthetic_errors,
+)
+from wan_fast import engine as engines
+from wan_fast import planning, sampler
+from wan_fast.attention import Attention8bit, of_projection
+from wan_fast.config import EngineConfig, Request, WanFastError, parse_size
+from wan_fast.device import describe, named
 from wan_fast.engine import Engine
-from wan_fast.kernels import qk_norm_rope, rope_table
-from wan_fast.kernels.attention_8bit import left_out
-from wan_fast.quantize import QuantizedLinear, quantize_weight
-from wan_fast.schemes import Form
+from wan_fast.flags import Parser
+from wan_fast.quality import PRESETS, settle
+from wan_fast.sampler import Advance, Velocities
+from wan_fast.steps import Step
 
 COLOURS = ("red", "orange", "yellow", "green", "blue")
 THINGS = ("circle on white moves left", "square on grey rotates", "triangle on black bounces", "star on sky grows")
 PROMPTS = [f"a {colour} {thing}" for colour in COLOURS for thing in THINGS]
+# of tiny: number of steps -> prompts
+STEPS = {12: 20, 50: 3}
+# prompts whose steps are also measured at the latents of the full run
+FORCED = 2
+TINY = {"task": "ti2v-5B", "checkpoint": "tiny", "device": "cpu"}
 
 
-def plain_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What attention in FP8 is without the care: one scale for all of q, k and v, keys as they are (arXiv 2407.08608)."""
-
-    def rounded(x: Tensor) -> Tensor:
-        scale = x.abs().amax() / 448
-        return (x / scale).to(torch.float8_e4m3fn).to(torch.float32) * scale
-
-    q, k, v = (rounded(x.float()).transpose(1, 2) for x in (q, k, v))
-    scores = q @ k.mT / q.shape[-1] ** 0.5
-    p = (scores - scores.amax(-1, keepdim=True)).exp()
-    out = (p * 448).to(torch.float8_e4m3fn).float() @ v / 448 / p.sum(-1, keepdim=True)
-    return out.transpose(1, 2)
+def on_card(preset: Any, card: str) -> dict[str, Any]:
+    """What a preset is on a card, in options of its own, so that a CPU emulates its 8 bits."""
+    settled, _, filled = settle(EngineConfig(task="ti2v-5B", quality=preset), named(card))
+    return {name: getattr(settled, name) for name in PRESETS[preset] if name in filled}
 
 
-# what is compared: name -> options beside the task's; "variant" is another attention in the place of that in 8 bits
-RUNS: dict[str, dict[str, Any]] = {
+STEP_CACHES = (
+    *(f"magcache:{limit}" for limit in ("80%", "65%", "50%", "35%", 0.06, 0.12, 0.24)),
+    *(f"teacache:{limit}" for limit in ("80%", "65%", "50%", "35%", 0.1, 0.2, 0.4)),
+    *(f"teacache-ret:{limit}" for limit in (0.1, 0.2, 0.4)),
+    *(f"every:{number}" for number in (2, 3, 4)),
+    *(f"searched:{share}" for share in ("80%", "65%", "50%", "35%")),
+)
+CFG_CACHES = ("difference:2", "difference:3", "frequency:2", "gate:0.5")
+BOTH = (
+    ("every:2", "difference:2"),
+    ("magcache:50%", "frequency:2"),
+    ("searched:50%", "difference:2"),
+)
+# what is compared: name -> options of EngineConfig
+CACHED: dict[str, dict[str, Any]] = {
+    **{name: {"step_cache": name} for name in STEP_CACHES},
+    **{name: {"cfg_cache": name} for name in CFG_CACHES},
+    **{f"{step} + {cfg}": {"step_cache": step, "cfg_cache": cfg} for step, cfg in BOTH},
+    **{f"cfg-zero {number}": {"cfg_zero": number} for number in (0, 1)},
+    **{name: {"quality": name} for name in PRESETS},
+}
+# of those in 8 bits what an H100 takes
+ON_CARD = {f"{name} on H100": on_card(name, "H100") for name in PRESETS if "8 bits" in PRESETS[name].values()}
+# "variant" is another attention in the place of that in 8 bits
+IN_8_BITS: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "bf16"},
     "fp8 row": {"precision": "fp8"},
     "fp8 block": {"precision": "fp8", "scaling": "block"},
@@ -71,241 +108,458 @@ RUNS: dict[str, dict[str, Any]] = {
     "attention int8, int8 row": {"attention": "int8", "precision": "int8"},
     "attention int8, fp8 row": {"attention": "int8", "precision": "fp8"},
 }
-FORMS = {f"{p} {s}": Form(p, s, s) for p in ("fp8", "int8") for s in ("row", "block")}
+RUNS = {**CACHED, **ON_CARD, **IN_8_BITS}
+# those whose steps are shown one by one
+SHOWN = ("magcache:50%", "teacache:50%", "searched:50%", "difference:2", "fast")
+MARKS = {"run": "#", "reuse": ".", "reconstruct": "-", "zero": "0", "none": " "}
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------
+
+
+def psnr(x: Tensor, reference: Tensor, span: float = 2.0) -> float:
+    """Peak signal-to-noise ratio in dB of values within `span` of one another, 2 for frames in [-1, 1]; inf where equal."""
+    noise = (x - reference).double().square().mean().item()
+    return 10 * log10(span**2 / noise) if noise else inf
+
+
+def ssim(frames: Tensor, reference: Tensor) -> float:
+    """Structural similarity of frames [C, F, H, W] in [-1, 1], taken as of range 1 (Wang et al. 2004, IEEE TIP 13(4)).
+
+    Over windows of 11 x 11, Gaussian of sigma 1.5, that lie within the frame; K1 = 0.01, K2 = 0.03; each channel of a frame by
+    itself. Returns: the mean over windows, channels and frames, computed in fp64.
+    """
+    window = torch.exp(-(torch.arange(-5, 6, dtype=torch.float64) ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+    total = 0.0
+    for pair in zip(frames.unbind(1), reference.unbind(1), strict=True):
+        x, y = ((frame.double() + 1) / 2 for frame in pair)
+        moments = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 1)[:, None]  # [5 C, 1, H, W]
+        moments = F.conv2d(F.conv2d(moments, window[None, None, :, None]), window[None, None, None])
+        mx, my, xx, yy, xy = moments[:, 0].unflatten(0, (5, -1)).unbind()
+        luminance = (2 * mx * my + 0.01**2) / (mx * mx + my * my + 0.01**2)
+        structure = (2 * (xy - mx * my) + 0.03**2) / (xx - mx * mx + yy - my * my + 0.03**2)
+        total += (luminance * structure).mean().item()
+    return total / frames.shape[1]
+
+
+def relative(x: Tensor, reference: Tensor) -> float:
+    """|x - reference| / |reference|."""
+    return ((x - reference).double().norm() / reference.double().norm()).item()
+
+
+def cosine(x: Tensor, reference: Tensor) -> float:
+    """Of the angle between two tensors of one shape."""
+    return F.cosine_similarity(x.double().flatten(), reference.double().flatten(), dim=0).item()
+
+
+def guided(step: Step, conditional: Tensor, unconditional: Tensor | None) -> Tensor:
+    """[C, T, H, W] the velocity that the solver takes."""
+    return conditional if unconditional is None else unconditional + step.guidance_scale * (conditional - unconditional)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Full:
+    """A run with nothing left out.
+
+    frames: [3, F, H, W] in [-1, 1]. latents: [C, T, H, W] before every step and after the last. velocities: guided, by step.
+    """
+
+    frames: Tensor = field(default_factory=lambda: torch.empty(0))
+    latents: list[Tensor] = field(default_factory=list)
+    velocities: list[Tensor] = field(default_factory=list)
+
+    def denoise(
+        self, steps: Sequence[Step], latents: Tensor, velocities: Velocities, advance: Advance, **settings: Any
+    ) -> None:
+        """`sampler.denoise`, and keeps what it sees."""
+
+        def seen(step: Step, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+            self.latents.append(_on_host(latents))
+            pair = velocities(step, latents)
+            self.velocities.append(_on_host(guided(step, *pair)))
+            return pair
+
+        sampler.denoise(steps, latents, seen, advance, **settings)
+        self.latents.append(_on_host(latents))
+
+
+@dataclass(slots=True)
+class Walk:
+    """A plan's steps beside those of the full run.
+
+    errors: relative L2 error of the guided velocity where each step is given the full run's latents (teacher-forced), the
+    plan's caches filled on these; empty unless `forced`. cosines, psnrs: of its own latents after each step.
+    """
+
+    full: Full
+    forced: bool = True
+    errors: list[float] = field(default_factory=list)
+    cosines: list[float] = field(default_factory=list)
+    psnrs: list[float] = field(default_factory=list)
+
+    def denoise(
+        self, steps: Sequence[Step], latents: Tensor, velocities: Velocities, advance: Advance, **settings: Any
+    ) -> None:
+        """`sampler.denoise`, compared step by step; then the velocities again, at the full run's latents."""
+
+        def compared(step: Step, conditional: Tensor, unconditional: Tensor | None) -> None:
+            advance(step, conditional, unconditional)
+            own, known = _on_host(latents), self.full.latents[step.index + 1]
+            self.cosines.append(cosine(own, known))
+            self.psnrs.append(psnr(own, known, (known.max() - known.min()).item()))
+
+        sampler.denoise(steps, latents, velocities, compared, **settings)
+        for step in steps if self.forced else ():
+            pair = velocities(step, self.full.latents[step.index].to(latents.device))
+            self.errors.append(relative(_on_host(guided(step, *pair)), self.full.velocities[step.index]))
+
+
+def _on_host(x: Tensor) -> Tensor:
+    return x.to("cpu", copy=True)
 
 
 @contextmanager
-def emulated() -> Iterator[None]:
-    """Within, a CPU may compute in every precision, by the operators' references."""
-    before = schemes.computes, attention.BACKENDS
-    schemes.computes = lambda precision, capability: ""
-    attention.BACKENDS = tuple(
-        replace(row, majors=range(100), since=0, dtypes=("bf16", "fp32")) if row.module == "triton" else row
-        for row in before[1]
-    )
+def denoising(loop: Callable[..., None]) -> Iterator[None]:
+    """Within, an engine denoises by this in the place of `sampler.denoise`."""
+    before = engines.denoise
+    engines.denoise = loop
     try:
         yield
     finally:
-        schemes.computes, attention.BACKENDS = before
+        engines.denoise = before
 
 
-def psnr(frames: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of frames in [-1, 1]."""
-    return 10 * log10(4 / (frames - reference).double().square().mean().item())
+def frames_of(engine: Engine, request: Request) -> Tensor:
+    """The clip, [3, F, H, W] in [-1, 1]."""
+    chunks: list[Tensor] = []
+    engine.generate(request, on_frames=lambda chunk: chunks.append(_on_host(chunk)), on_pixels=lambda pixels: None)
+    return torch.cat(chunks, dim=1)
 
 
-def sqnr(result: Tensor, exact: Tensor) -> float:
-    """Signal-to-quantisation-noise ratio in dB."""
-    return 10 * log10(exact.double().square().sum().item() / (result - exact).double().square().sum().item())
+def full_run(engine: Engine, request: Request) -> Full:
+    full = Full()
+    with denoising(full.denoise):
+        full.frames = frames_of(engine, request)
+    return full
+
+
+class Engines:
+    """One engine at a time. It stays where only caches change, which are but rows of the plan.
+
+    Args:
+        base: options of every run.
+    """
+
+    def __init__(self, base: Mapping[str, Any]) -> None:
+        self.base = base
+        self.engine: Engine | None = None
+        self.has: tuple[EngineConfig, Any] | None = None
+
+    def config(self, options: Mapping[str, Any]) -> EngineConfig:
+        """A preset's choices as if each had been asked for: what cannot be done of them is refused, not left out."""
+        given = {name: value for name, value in options.items() if name != "variant"}
+        config = EngineConfig(**{**self.base, **given})
+        return settle(config, describe(config.device))[0]
+
+    def of(self, options: Mapping[str, Any]) -> Engine:
+        """The engine of a row of RUNS."""
+        config = self.config(options)
+        wanted = replace(config, step_cache=None, cfg_cache=None, cfg_zero=None), options.get("variant")
+        if self.engine is None or wanted != self.has:
+            self.engine = None  # its memory is needed
+            self.engine, self.has = Engine(wanted[0]), wanted
+            for name in self.engine.spec.experts if wanted[1] else ():
+                for block in self.engine.models[name].blocks:  # type: ignore[union-attr]
+                    block.self_attn.in_8_bits = wanted[1]
+        caches = {"step_cache": config.step_cache, "cfg_cache": config.cfg_cache, "cfg_zero": config.cfg_zero}
+        self.engine.config = replace(self.engine.config, **caches)  # type: ignore[arg-type]
+        return self.engine
 
 
 def videos(options: Mapping[str, Any], prompts: Sequence[str]) -> Iterator[Tensor]:
-    """One clip [3, F, H, W] in [-1, 1] per prompt, from the prompt's own seed."""
-    others = {name: value for name, value in options.items() if name != "variant"}
-    engine = Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", **{"dtype": "fp32", **others}))
-    for block in engine.models["model"].blocks if "variant" in options else ():  # type: ignore[union-attr]
-        block.self_attn.in_8_bits = options["variant"]
+    """One clip of tiny [3, F, H, W] in [-1, 1] per prompt, from the prompt's own seed."""
+    engine = Engines({**TINY, "dtype": "fp32"}).of(options)
     for seed, prompt in enumerate(prompts):
-        chunks: list[Tensor] = []
-        engine.generate(Request(prompt=prompt, seed=seed), on_frames=lambda chunk, to=chunks: to.append(chunk.cpu()))
-        yield torch.cat(chunks, dim=1)
+        yield frames_of(engine, Request(prompt=prompt, seed=seed))
 
 
-def quantized(linear: nn.Linear, form: Form) -> QuantizedLinear:
-    """The linear in 8 bits."""
-    values, scale = quantize_weight(linear.weight, form)
-    other = QuantizedLinear(linear.in_features, linear.out_features, form).to(linear.weight.device)
-    other.load_state_dict({"weight": values, "weight_scale": scale, "bias": linear.bias.detach()}, assign=True)
-    return other
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def linear_errors(engine: Engine, forms: Mapping[str, Form], steps: int = 3) -> dict[tuple[str, str], list[float]]:
-    """(kind of linear, form) -> SQNR in dB of every such linear at every call while a video is made."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What was measured of one run. By prompt: psnrs, ssims. By step, means over prompts: errors, cosines, latents (dB)."""
 
-    def compare(module: nn.Module, args: tuple[Tensor, ...], result: Tensor, kind: str) -> None:
-        assert isinstance(module, nn.Linear)
-        for name, form in forms.items():
-            found[kind, name].append(sqnr(quantized(module, form)(args[0]), result))
+    steps: tuple[Step, ...]
+    psnrs: Sequence[float]
+    ssims: Sequence[float]
+    errors: Sequence[float]
+    cosines: Sequence[float]
+    latents: Sequence[float]
 
-    hooks = [
-        module.register_forward_hook(partial(compare, kind=name.split(".", 2)[2]))
-        for name, module in engine.models["model"].named_modules()
-        if schemes.linear_of(f"{name}.weight")
-    ]
-    # a hook sees what a linear returns before GELU changes it in place
-    engine.generate(Request(prompt=PROMPTS[0], seed=0, num_steps=steps))
-    for hook in hooks:
-        hook.remove()
-    return found
+    @property
+    def forwards(self) -> int:
+        return sum(step.forwards for step in self.steps)
 
 
-SKIPS = (1e-4, 1e-3, 1e-2, 1e-1)
-# name -> self-attention, of which the errors are shown
-ATTENTIONS: dict[str, Projected] = {
-    "int8": Attention8bit("int8"),
-    "int8, values bf16": Attention8bit("int8", wide_values=True),
-    "fp8": Attention8bit("fp8"),
-    "plain fp8": of_projection(plain_fp8),
-}
+def measure(engine: Engine, requests: Sequence[Request], full: Sequence[Full]) -> Row:
+    """The engine's run of every request beside the full one."""
+    walks: list[Walk] = []
+    psnrs, ssims = [], []
+    for request, known in zip(requests, full, strict=True):
+        walks.append(Walk(known, forced=len(walks) < FORCED))
+        with denoising(walks[-1].denoise):
+            frames = frames_of(engine, request)
+        psnrs.append(psnr(frames, known.frames))
+        ssims.append(ssim(frames, known.frames))
+    errors = [walk.errors for walk in walks if walk.errors]
+    return Row(
+        steps=engine.plan(requests[0]).steps,
+        psnrs=psnrs,
+        ssims=ssims,
+        errors=_means(errors),
+        cosines=_means([walk.cosines for walk in walks]),
+        latents=_means([walk.psnrs for walk in walks]),
+    )
 
 
-def attention_errors(engine: Engine, steps: int = 3) -> dict[tuple[str, str], list[float]]:
-    """(block, attention) -> SQNR in dB of every self-attention while a video is made."""
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    layers = len(engine.models["model"].blocks)  # type: ignore[union-attr, arg-type]
-    for i, ((qkv, *others), settings) in enumerate(captured(engine, (128, 128), steps)):
-        wanted = of_projection(sdpa)(qkv.clone(), *others, **settings)
-        for name, other in ATTENTIONS.items():
-            found[f"block {i % layers}", name].append(sqnr(other(qkv.clone(), *others, **settings), wanted))
-    return found
+def control_steps(plan: planning.Plan) -> int | None:
+    """Of the full run, the most steps that take no more passes; None where the plan leaves out none."""
+    if plan.forwards == plan.forwards_uncached:
+        return None
+    return plan.forwards * len(plan.steps) // plan.forwards_uncached
 
 
-def captured(engine: Engine, size: tuple[int, int], steps: int) -> list[tuple[tuple[Tensor, ...], dict[str, Any]]]:
-    """What every self-attention is given while a video of `tiny` is made: projection, weight, table; and the rest."""
-    calls: list[tuple[tuple[Tensor, ...], dict[str, Any]]] = []
-
-    def keeping(attention: Projected, *args: Tensor, **settings: Any) -> Tensor:
-        calls.append((tuple(arg.clone() for arg in args), settings))
-        return attention(*args, **settings)
-
-    layers = [block.self_attn for block in engine.models["model"].blocks]  # type: ignore[union-attr]
-    before = [layer.attention for layer in layers]
-    for layer, own in zip(layers, before, strict=True):
-        layer.attention = partial(keeping, own)
-    engine.generate(Request(prompt=PROMPTS[0], seed=0, num_steps=steps, size=size))
-    for layer, own in zip(layers, before, strict=True):
-        layer.attention = own
-    return calls
+def _means(by_prompt: Sequence[Sequence[float]]) -> list[float]:
+    return [fmean(values) for values in zip(*by_prompt, strict=True)]
 
 
-def skipping(engine: Engine, thresholds: Sequence[float]) -> list[str]:
-    """Markdown: what skip-softmax leaves out of `tiny`'s self-attention on 1,296 tokens, and what it costs."""
-    calls = captured(engine, (384, 384), 3)
-    lines = ["| skip | tiles left out | lowest SQNR, dB |", "| --- | --- | --- |"]
-    for skip in (0.0, *thresholds):
-        parts, ratios = [], []
-        for (qkv, *others), settings in calls:
-            exact = of_projection(sdpa)(qkv.clone(), *others, **settings)
-            ratios.append(sqnr(Attention8bit("int8", skip=skip)(qkv.clone(), *others, **settings), exact))
-            turned = qkv.clone()
-            qk_norm_rope(turned, *others, **settings)
-            q, k, _ = turned.unflatten(-1, (settings["heads"], -1)).unbind(2)
-            scores = torch.einsum("blnk,bsnk->bnls", q, k) / (q.shape[-1] ** 0.5 * log(2))
-            parts += [left_out(x, log2(skip)).float().mean().item() if skip else 0.0 for x in scores.flatten(0, 1)]
-        lines.append(f"| {skip:g} | {sum(parts) / len(parts):.1%} | {min(ratios):.1f} |")
+HEAD = "| run | passes | PSNR, dB | lowest | SSIM | fewer steps | PSNR | gain | velocity error | largest | latents | PSNR |"
+
+
+def line(name: str, row: Row, control: tuple[int, float] | None) -> str:
+    """Markdown: a row of the table of `HEAD`; `control`: its steps and mean PSNR."""
+    mean, uncached = fmean(row.psnrs), sum(1 + (step.unconditional != "none") for step in row.steps)
+    passes = f"{row.forwards}, {uncached / row.forwards:.1f}x fewer" if row.forwards < uncached else f"{row.forwards}"
+    beside = (f"{control[0]}", f"{control[1]:.1f}", f"{mean - control[1]:+.1f}") if control else ("", "", "")
+    cells = (
+        name, passes, _db(mean), _db(min(row.psnrs)), f"{fmean(row.ssims):.4f}", *beside, f"{fmean(row.errors):.4f}",
+        f"{max(row.errors):.4f}", f"{row.cosines[-1]:.5f}", _db(row.latents[-1]),
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def by_step(rows: Mapping[str, Row]) -> list[str]:
+    """Markdown: a line per step, a column per run."""
+    lines = ["| step | " + " | ".join(rows) + " |", "| --- |" + " --- |" * len(rows)]
+    for i in range(len(next(iter(rows.values())).steps)):
+        cells = [
+            f"`{MARKS[row.steps[i].conditional]}{MARKS[row.steps[i].unconditional]}` {row.errors[i]:.4f}, "
+            f"{row.cosines[i]:.5f}, {_db(row.latents[i])}"
+            for row in rows.values()
+        ]
+        lines.append(f"| {i} | {' | '.join(cells)} |")
     return lines
 
 
-def wan_like_attention() -> dict[str, Callable[[torch.Generator], Tensor]]:
-    """Projections [1, L, 3, D] of 2 heads, before their norm, on a clip of 4 x 16 x 16 tokens.
+def _db(value: float) -> str:
+    return "exact" if value == inf else f"{value:.1f}"
 
-    Of a Wan model keys have a large part in common, q and k a few channels that are larger than the others, and tokens beside
-    one another are alike.
+
+def series(options: Mapping[str, Any]) -> str | None:
+    """The curve of the chart that a row is a point of."""
+    if "quality" in options:
+        return "presets"
+    if "precision" in options or "attention" in options or "cfg_zero" in options or "dtype" in options:
+        return "presets in 8 bits" if "step_cache" in options else None
+    if "cfg_cache" in options:
+        return "step and CFG cache" if "step_cache" in options else "CFG cache"
+    return options["step_cache"].partition(":")[0]
+
+
+def numbers(rows: Mapping[str, Row], controls: Mapping[int, float], passes: float) -> dict[str, Any]:
+    """What the chart shows of one number of steps; `passes`: of a full run, per step."""
+    curves: dict[str, list[list[float]]] = {}
+    for name, row in rows.items():
+        if (of := series(RUNS[name])) and fmean(row.psnrs) < inf:
+            curves.setdefault(of, []).append([row.forwards, round(fmean(row.psnrs), 2)])
+    curves["no cache, fewer steps"] = [[round(count * passes), round(value, 2)] for count, value in sorted(controls.items())]
+    return {
+        "curves": {name: sorted(points) for name, points in curves.items() if points},
+        "errors": {name: [round(error, 5) for error in row.errors] for name, row in _shown(rows).items()},
+    }
+
+
+def _shown(rows: Mapping[str, Row]) -> dict[str, Row]:
+    """The rows whose steps are shown: those of SHOWN, where none was measured the first five."""
+    return {name: rows[name] for name in SHOWN if name in rows} or dict(list(rows.items())[:5])
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def section(engines: Engines, names: Sequence[str], requests: Sequence[Request]) -> tuple[list[str], dict[str, Any]]:
+    """Measure the runs at one number of steps, printing line by line; the Markdown, and the chart's numbers."""
+    plans = {name: _planned(engines, name, requests[0]) for name in names}
+    engine = engines.of({})
+    usual = engine.plan(requests[0])
+    lines = [f"## {len(usual.steps)} steps, {usual.forwards} passes, {len(requests)} prompts", "", HEAD]
+    lines.append("| --- |" + " --- |" * (HEAD.count("|") - 2))
+    print("\n".join(lines), flush=True)
+    full = [full_run(engine, request) for request in requests]
+    controls: dict[int, float] = {}
+    for count in sorted({count for plan in plans.values() if (count := control_steps(plan))}):
+        fewer = [frames_of(engine, replace(request, num_steps=count)) for request in requests]
+        controls[count] = fmean(psnr(frames, known.frames) for frames, known in zip(fewer, full, strict=True))
+    rows: dict[str, Row] = {}
+    measured: dict[Any, Row] = {}
+    for name, plan in plans.items():
+        # thresholds often come to the same steps
+        same = replace(engines.config(RUNS[name]), step_cache=None, cfg_cache=None), RUNS[name].get("variant"), plan.steps
+        if same not in measured:
+            measured[same] = measure(engines.of(RUNS[name]), requests, full)
+        rows[name] = measured[same]
+        count = control_steps(plan)
+        lines.append(line(name, rows[name], (count, controls[count]) if count else None))
+        print(lines[-1], flush=True)
+    more = ["", "By step:", "", *by_step(_shown(rows)), ""]
+    print("\n".join(more))
+    return [*lines, *more], numbers(rows, controls, usual.forwards / len(usual.steps))
+
+
+def _planned(engines: Engines, name: str, request: Request) -> planning.Plan:
+    """The plan of a row.
+
+    Raises:
+        WanFastError: it is refused; says of which row.
     """
-    T, H, W, D = 4, 16, 16, 256
-
-    def white(generator: torch.Generator) -> Tensor:
-        return torch.randn(1, T * H * W, 3, D, generator=generator)
-
-    def common(generator: torch.Generator) -> Tensor:
-        return white(generator) + torch.randn(3, D, generator=generator) * torch.tensor([0.5, 4.0, 0.5])[:, None]
-
-    def channels(generator: torch.Generator) -> Tensor:
-        x = common(generator)
-        x[:, :, :2, ::32] *= 8
-        return x
-
-    def smooth(generator: torch.Generator) -> Tensor:
-        coarse = torch.randn(3 * D, T, H // 4, W // 4, generator=generator)
-        fine = F.interpolate(coarse, scale_factor=4, mode="bilinear")  # [3 D, T, H, W]
-        return (fine.flatten(1).t().reshape(1, -1, 3, D) * 2 + channels(generator)).contiguous()
-
-    return {"white": white, "keys in common": common, "and large channels": channels, "and smooth": smooth}
+    try:
+        return planning.plan(engines.config(RUNS[name]), request)
+    except WanFastError as error:
+        raise WanFastError(f"run {name!r}: {error}") from None
 
 
-def synthetic_attention_errors() -> dict[tuple[str, str], list[float]]:
-    """(kind of tokens, attention) -> SQNR in dB."""
-    found, grid = {}, (4, 16, 16)
-    for kind, make in wan_like_attention().items():
-        qkv, weight, table = make(torch.Generator().manual_seed(0)), torch.ones(2, 256), rope_table(16, 128)
-        where: dict[str, Any] = {"grid": grid, "heads": 2, "eps": 1e-6}
-        wanted = of_projection(sdpa)(qkv.clone(), weight, table, **where)
-        for name, other in ATTENTIONS.items():
-            found[kind, name] = [sqnr(other(qkv.clone(), weight, table, **where), wanted)]
+ABOUT = """Written by `python -m bench.quality`.
+
+Videos of {what} against those of the full run, {dtype} with nothing left out, of the same prompt and seed.
+
+- passes: through the blocks, conditional and unconditional ones.
+- PSNR, lowest, SSIM: of the frames; PSNR is the mean over the prompts, and the lowest that of the worst. SSIM is the mean over
+  channels and frames, in windows of 11x11.
+- fewer steps: what the same passes do without a cache, in a run of so many steps. Their PSNR is against the same full run, and
+  the gain is what the row has above it.
+- velocity error: at every step the row is given the latents that the full run has there, and its velocity after guidance is
+  compared with the full run's, as relative L2 error; the mean over the steps and the largest, of {forced} prompts. What it
+  reuses comes from those latents too, so that a computed step has no error.
+- latents: after the last step, of the row's own run: cosine, and PSNR over the range of the full run's.
+- by step: what is computed (`#`), reused (`.`), reconstructed (`-`) of the conditional and the unconditional pass; velocity
+  error; cosine and PSNR of the latents after the step.
+
+`every:N`, `magcache` and so on are values of `--step-cache`, `difference:N` and so on of `--cfg-cache`; `cfg-zero` is another
+guidance, so its distance is no error. "On" a card is what a preset takes there, its 8 bits emulated in fp32. "Kept" are blocks
+at either end, of 6, that stay in fp32; without that word it is the rule, one at either end.
+"""
+
+
+_PROMPTS_AT = ", ".join(f"{number} of {steps} steps" for steps, number in STEPS.items())
+
+
+def _parser() -> Parser:
+    parser = Parser("python -m bench.quality", "What caches and 8 bits do to whole videos.")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="names or patterns like 'magcache*'; default: all that apply")
+    parser.add_argument("--list", action="store_true", help="print the names of the runs, and do nothing")
+    parser.add_argument("--prompts", type=int, metavar="N", help=f"take the first N; default: {_PROMPTS_AT}")
+    parser.add_argument("--prompts_file", metavar="FILE", help="prompts, one per line; default: of tiny's kind")
+    parser.add_argument(
+        "--sample_steps", "--steps", type=int, nargs="+", metavar="N", help="denoising steps, one or more; default: the model's"
+    )
+    parser.add_argument("--ckpt_dir", default="tiny", metavar="PATH", help="folder, hub id, or tiny (default)")
+    parser.add_argument("--task", default="ti2v-5B", help="task of the checkpoint (default ti2v-5B)")
+    parser.add_argument("--device", help="auto, cuda, cuda:1 or cpu; default: cpu for tiny, else auto")
+    parser.add_argument("--size", metavar="W*H", help="pixels; default: the model's")
+    parser.add_argument("--frame_num", type=int, metavar="F", help="frames, 4n+1; default: the model's")
+    parser.add_argument("--calibration", metavar="JSON", help="what wan-fast calibrate wrote; default: where the engine looks")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write quality.md and quality.png there")
+    return parser
+
+
+def selected(patterns: Sequence[str], tiny: bool, first: bool) -> list[str]:
+    """Names of the runs that patterns name; of none, those of caches, and of tiny, at first, all.
+
+    Raises:
+        WanFastError: a pattern names no run.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in RUNS):
+            close = get_close_matches(pattern, RUNS, 1)
+            raise WanFastError(f"unknown run {pattern!r}; " + (f"did you mean {close[0]!r}?" if close else "see --list"))
+    if patterns:
+        return [name for name in RUNS if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return list(RUNS if tiny and first else CACHED)
+
+
+def _prompts(file: str | None) -> list[str]:
+    if file is None:
+        return PROMPTS
+    try:
+        found = [text.strip() for text in Path(file).read_text(encoding="utf-8").splitlines() if text.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise WanFastError(f"--prompts_file {file!r} cannot be read: {error}") from None
+    if not found:
+        raise WanFastError(f"--prompts_file {file!r} has no prompts; write one per line")
     return found
 
 
-def synthetic() -> dict[str, Callable[[torch.Generator], Tensor]]:
-    """Tokens [512, 1536] with heavy tails: a few channels 20 times the others, and Student's t of 3 degrees of freedom."""
-
-    def outlier_channels(generator: torch.Generator) -> Tensor:
-        x = torch.randn(512, 1536, generator=generator)
-        x[:, ::256] *= 20
-        return x
-
-    def student(generator: torch.Generator) -> Tensor:
-        normal = torch.randn(512, 1536, generator=generator)
-        chi = torch.randn(512, 1536, 3, generator=generator).square().mean(-1)
-        return normal / chi.sqrt()
-
-    return {"outlier channels": outlier_channels, "Student's t": student}
-
-
-def synthetic_errors(forms: Mapping[str, Form]) -> dict[tuple[str, str], list[float]]:
-    """(kind of tokens, form) -> SQNR in dB of a linear of 1536 x 1536."""
-    found = {}
-    for kind, make in synthetic().items():
-        generator = torch.Generator().manual_seed(0)
-        linear = nn.Linear(1536, 1536).requires_grad_(False)
-        linear.weight.copy_(torch.randn(1536, 1536, generator=generator) / 40)
-        x = make(generator)
-        for name, form in forms.items():
-            found[kind, name] = [sqnr(quantized(linear, form)(x), linear(x))]
-    return found
-
-
-def table(rows: Mapping[tuple[str, str], Sequence[float]]) -> list[str]:
-    """Markdown: a line per kind, the lowest SQNR of each form."""
-    kinds, forms = dict.fromkeys(kind for kind, _ in rows), dict.fromkeys(form for _, form in rows)
-    lines = ["| lowest SQNR, dB | " + " | ".join(forms) + " |", "| --- |" + " --- |" * len(forms)]
-    return lines + [f"| {kind} | " + " | ".join(f"{min(rows[kind, form]):.1f}" for form in forms) + " |" for kind in kinds]
+def run(parsed: argparse.Namespace) -> None:
+    """Measure, print, and write where all of tiny was measured, or a folder is given."""
+    tiny = parsed.ckpt_dir == "tiny"
+    base = {"task": parsed.task, "checkpoint": parsed.ckpt_dir, "calibration": parsed.calibration}
+    base["device"] = parsed.device or ("cpu" if tiny else "auto")
+    prompts = _prompts(parsed.prompts_file)
+    if parsed.prompts is not None and parsed.prompts < 1:
+        raise WanFastError(f"--prompts must be 1 or more, got {parsed.prompts}")
+    given = {"size": parsed.size and parse_size(parsed.size), "num_frames": parsed.frame_num}
+    plain = planning.plan(EngineConfig(**base), Request(prompt=prompts[0], **given))
+    steps = parsed.sample_steps or (list(STEPS) if tiny else [plain.request.num_steps])
+    if parsed.out:
+        parsed.out.mkdir(parents=True, exist_ok=True)
+    work = []
+    for count in steps:
+        some = prompts[: parsed.prompts or STEPS.get(count, min(STEPS.values()))]
+        requests = [Request(prompt=text, seed=seed, num_steps=count, **given) for seed, text in enumerate(some)]
+        work.append((selected(parsed.runs, tiny, count == steps[0]), requests))
+    device, engines = describe(base["device"]), Engines(base)
+    whole = not any(value for name, value in vars(parsed).items() if name not in ("ckpt_dir", "task", "list")) and tiny
+    with emulated() if device.type == "cpu" else nullcontext(), torch.inference_mode():
+        for names, requests in work:  # refused before anything is measured
+            for name in names:
+                _planned(engines, name, requests[0])
+        found = [section(engines, names, requests) for names, requests in work]
+    width, height = plain.request.size
+    what = f"{'`tiny`' if tiny else parsed.task}, {width}x{height}x{plain.request.num_frames},"
+    about = ABOUT.format(what=what, dtype=plain.dtype, forced=min(FORCED, len(work[0][1])))
+    folder, pictures = (RESULTS, RESULTS / "charts") if whole else (parsed.out, parsed.out)
+    if folder:
+        charts.quality(pictures / "quality.png", {str(n): numbers for n, (_, numbers) in zip(steps, found, strict=True)})
+        link = f"![PSNR against passes, and error by step]({(pictures / 'quality.png').relative_to(folder)})"
+        text = "\n".join(["# Quality", "", about, link, "", *(line for lines, _ in found for line in lines)])
+        (folder / "quality.md").write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.quality", description="What 8 bits do to the picture.")
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"of {len(PROMPTS)}; fewer write no file")
-    parser.add_argument("runs", nargs="*", help=f"of: {', '.join(RUNS)}; fewer write no file")
-    parsed = parser.parse_args(argv)
-    if unknown := [name for name in parsed.runs if name not in RUNS]:
-        parser.error(f"unknown run {unknown[0]!r}; choose of: {', '.join(RUNS)}")
-    chosen, prompts = parsed.runs or list(RUNS), PROMPTS[: max(parsed.prompts, 1)]
-    lines = [
-        f'Videos of `tiny`, 128x128x33, 12 steps, {len(prompts)} prompts, against fp32. "Kept" are blocks at either end, of 6,',
-        "that stay in fp32; without that word it is the rule, one at either end.",
-        "",
-        "| run | mean PSNR, dB | lowest | prompt of the lowest |",
-        "| --- | --- | --- | --- |",
-    ]
-    print("\n".join(lines), flush=True)
-    with emulated(), torch.inference_mode():
-        exact = list(videos({}, prompts))
-        for name in chosen:
-            found = [psnr(frames, reference) for frames, reference in zip(videos(RUNS[name], prompts), exact, strict=True)]
-            worst = min(range(len(found)), key=found.__getitem__)
-            lines.append(f"| {name} | {sum(found) / len(found):.1f} | {found[worst]:.1f} | {prompts[worst]} |")
-            print(lines[-1], flush=True)
-        linears = linear_errors(Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu")), FORMS)
-        more = ["", "Its linears, one by one, on the tokens of 3 steps:", "", *table(linears)]
-        more += ["", "A linear of 1536 x 1536 on 512 tokens of heavy tails:", "", *table(synthetic_errors(FORMS))]
-        engine = Engine(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu"))
-        more += ["", "Its self-attention, on the tokens of 3 steps:", "", *table(attention_errors(engine))]
-        more += ["", "Self-attention of 1,024 tokens like Wan's:", "", *table(synthetic_attention_errors())]
-        more += ["", "Skip-softmax with INT8, on the tokens of 3 steps of 384x384x33:", "", *skipping(engine, SKIPS)]
-    print("\n".join(more))
-    if chosen == list(RUNS) and prompts == PROMPTS:
-        heading = "# Quality in 8 bits\n\nWritten by `python -m bench.quality`.\n\n"
-        (RESULTS / "quality.md").write_text(heading + "\n".join([*lines, *more]) + "\n", encoding="utf-8")
+    try:
+        parsed = _parser().parse_args(argv)
+        if parsed.list:
+            print("\n".join(RUNS))
+        else:
+            run(parsed)
+    except WanFastError as error:
+        print(f"bench.quality: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

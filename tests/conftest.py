@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from background import Background
 
@@ -13,6 +15,8 @@ def _tasks_of(item: pytest.Item) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # what the user has calibrated, say, is nothing to the tests
+    os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("user-cache"))  # type: ignore[union-attr]
     config.stash[_KEY] = Background()
 
 

@@ -27,7 +27,7 @@ LEVELS: list[set[str]] = [
     {"planning"},
     {"graphs", "engine"},
     {"__init__"},
-    {"counting", "doctor", "export", "server"},
+    {"calibrate", "counting", "doctor", "export", "server"},
     {"profiling"},
     {"cli"},
     {"__main__"},

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 from wan_fast.errors import WanFastError
 
-STEP_CACHES = ("teacache", "teacache-ret", "magcache", "every", "searched")
+STEP_CACHES = ("auto", "teacache", "teacache-ret", "magcache", "every", "searched")
 CFG_CACHES = ("difference", "frequency", "gate")
 
 
@@ -16,9 +16,10 @@ CFG_CACHES = ("difference", "frequency", "gate")
 class StepCache:
     """Which steps take the block stack's result from the step before.
 
-    kind: of STEP_CACHES, or "mask". threshold: of teacache and magcache; None is the calibration's. share: in its place, the
-    part of the steps that may be computed. max_skips, retention: of magcache, steps reused in a row and the part of all steps
-    at the start that is computed; None is the calibration's. every: one computed step in so many. mask: # and . by step.
+    kind: of STEP_CACHES, or "mask"; "auto" is searched where there is one, else magcache, else teacache. threshold: of teacache
+    and magcache; None is the calibration's. share: in its place, the part of the steps that may be computed. max_skips,
+    retention: of magcache, steps reused in a row and the part of all steps at the start that is computed; None is the
+    calibration's. every: one computed step in so many. mask: # and . by step.
     """
 
     kind: str
@@ -47,32 +48,30 @@ class StepCache:
             return cls(kind="mask", mask=text.strip())
         if kind not in STEP_CACHES:
             close = get_close_matches(kind, ("off", *STEP_CACHES), 1)
-            ways = "off, teacache[:T], teacache-ret[:T], magcache[:T[,K[,R]]], every[:N], searched[:P%] or a mask like ##..##"
+            ways = "off, auto:P%, teacache:T, teacache-ret:T, magcache:T,K,R, every:N, searched:P%, or a mask like ##..##"
             raise WanFastError(
                 f"--step-cache {text!r} is unknown; " + (f"did you mean {close[0]}?" if close else f"take {ways}")
             )
+        flag = f"--step-cache {text}"
         first, *others = rest.split(",") if colon else [""]
-        found = cls(kind=kind)
-        if kind == "every":
-            return cls(kind=kind, every=_whole(f"--step-cache {text}", first or "2", "N, one step in N is computed,", 2, 100))
-        if first.endswith("%"):
-            share = _number(f"--step-cache {text}", first[:-1], "the share of steps to compute", 0, 100) / 100
-            found = cls(kind=kind, share=share)
-        elif first and kind == "searched":
-            raise WanFastError(
-                f"--step-cache {text}: a searched mask is picked by the share of steps it computes, as in searched:50%"
-            )
-        elif first:
-            found = cls(kind=kind, threshold=_number(f"--step-cache {text}", first, "the threshold", 0, 1, closed=True))
         if len(others) > (2 if kind == "magcache" else 0):
-            raise WanFastError(
-                f"--step-cache {text}: {len(others) + 1} values are too many; magcache takes T,K,R, the others one"
-            )
-        K = _whole(f"--step-cache {text}", others[0], "K, the steps reused in a row,", 1, 100) if others else None
-        R = None
-        if len(others) > 1:
-            R = _number(f"--step-cache {text}", others[1], "R, the part of all steps computed first,", -1e-9, 1)
-        return cls(kind=kind, threshold=found.threshold, share=found.share, max_skips=K, retention=R)
+            raise WanFastError(f"{flag}: {len(others) + 1} values are too many; magcache takes T,K,R, the others one")
+        if kind == "every":
+            return cls(kind=kind, every=_whole(flag, first or "2", "N, one step in N is computed,", 2, 100))
+        threshold = share = None
+        if first.endswith("%"):
+            share = _number(flag, first[:-1], "the share of steps to compute", 0, 100) / 100
+        elif first and kind in ("auto", "searched"):
+            raise WanFastError(f"{flag}: {kind} takes the share of steps that are computed, as in {kind}:50%")
+        elif first:
+            threshold = _number(flag, first, "the threshold", 0, 1, closed=True)
+        return cls(
+            kind=kind,
+            threshold=threshold,
+            share=share,
+            max_skips=_whole(flag, others[0], "K, the steps reused in a row,", 1, 100) if others else None,
+            retention=_number(flag, others[1], "R, the part of all steps computed first,", -1e-9, 1) if others[1:] else None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ class Calibration:
     magcache: "conditional" and "unconditional", the ratio of magnitudes of each step's residual to that of the one before, from
     the second step on; "threshold", "max_skips", "retention"; "high_noise": "computed" where that expert is never skipped.
     teacache: signal ("embedding", "projection") -> expert -> coefficients, highest power first, and "threshold".
-    masks: what was searched: {"mask", "error"}, from the most computed steps to the fewest.
+    masks: what was searched: {"mask", "psnr"} of the latents in dB, from the most computed steps to the fewest.
     size, num_frames, image: None where it is not of one.
     """
 
@@ -64,17 +64,14 @@ def published(task: str) -> list[Calibration]:
     return [entry for entry in _entries(PUBLISHED, json.loads(PUBLISHED.read_text(encoding="utf-8"))) if task in entry.tasks]
 
 
-def own(checkpoint: Path | None, fingerprint: str, given: str | None) -> tuple[list[Calibration], Path | None]:
-    """The checkpoint's own calibrations and their file: the one given, else that beside it, else that in the user's cache.
+def own(checkpoint: Path | None, fingerprint: str, given: str | None) -> list[Calibration]:
+    """The checkpoint's own calibrations: of the file given, else of the user's cache and of the file beside it.
 
     Raises:
         WanFastError: a file is not one, or of another model.
     """
-    files = [Path(given)] if given else [checkpoint / FILE, in_user_cache(checkpoint)] if checkpoint else []
-    for file in files:
-        if file.is_file() or given:
-            return read(file, fingerprint), file
-    return [], None
+    files = [Path(given)] if given else [in_user_cache(checkpoint), checkpoint / FILE] if checkpoint else []
+    return [entry for file in files if given or file.is_file() for entry in read(file, fingerprint)]
 
 
 def in_user_cache(checkpoint: Path) -> Path:

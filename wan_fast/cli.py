@@ -52,6 +52,7 @@ _COMMANDS = {
     "run": "make one video (or picture) and write it",
     "plan": "say what run would do, with the same flags, and do nothing",
     "quantize": "write a checkpoint with its linears in 8 bits, which run loads back",
+    "calibrate": "record what step caches must know of a model, on a few prompts; run then finds it",
     "doctor": "say what this machine has, and what each operation would use",
     "inspect": "say what a checkpoint is, and what it lacks",
 }
@@ -59,7 +60,14 @@ _COMMANDS = {
 
 def _command(words: list[str]) -> Callable[[Sequence[str]], int]:
     """The function of the command named first; without one, the help."""
-    commands = {"run": _run, "plan": _plan, "quantize": _quantize, "doctor": _doctor, "inspect": _inspect}
+    commands = {
+        "run": _run,
+        "plan": _plan,
+        "quantize": _quantize,
+        "calibrate": _calibrate,
+        "doctor": _doctor,
+        "inspect": _inspect,
+    }
     if words and words[0] in commands:
         return commands[words[0]]
     if words and not words[0].startswith("-"):
@@ -269,11 +277,13 @@ def _say_schedule(todo: Plan, *, always: bool = False) -> None:
         print(f"quality     {todo.quality}")
     if {*"".join(rows.values())} == {"#"} and not always:
         return
-    if len({step.expert for step in todo.steps}) > 1:
-        print("expert      " + "".join(step.expert[0].upper() for step in todo.steps) + "  (H high noise, L low noise)")
+    if todo.step_cache:
+        print(f"step cache  {todo.step_cache}")
     used = ", ".join(f"{letter} {word}" for letter, word in _WORDS.items() if letter in "".join(rows.values()))
-    print(f"with prompt {rows['conditional']}  ({used})")
-    print(f"without     {rows['unconditional']}")
+    print(f"schedule    {rows['conditional']}  conditional ({used})")
+    print(f"            {rows['unconditional']}  unconditional")
+    if len({step.expert for step in todo.steps}) > 1:
+        print("            " + "".join(step.expert[0].upper() for step in todo.steps) + "  expert (H high noise, L low noise)")
     fewer = todo.forwards_uncached / todo.forwards
     print(f"forwards    {todo.forwards} of {todo.forwards_uncached}, {fewer:.2f} times fewer")
 
@@ -381,6 +391,50 @@ def _quantize(words: Sequence[str]) -> int:
     print(f'next        wan-fast run --task {written.task} --ckpt_dir {shlex.quote(str(written.path))} --prompt "..."')
     print(written.path)
     return 0
+
+
+# --- calibrate --------------------------------------------------------------------------------------------------------
+
+
+def _calibrate(words: Sequence[str]) -> int:
+    parser = _parser("calibrate", "Example: wan-fast calibrate Wan2.2-TI2V-5B --sample_steps 30 --search")
+    parser.add_argument("checkpoint", metavar="CKPT", help="folder, hub id, or tiny")
+    parser.add_argument("--task", default=None, metavar="TASK", help="task of the checkpoint; default: the first that it fits")
+    caches = ("quality", "step_cache", "cfg_cache", "cfg_zero", "calibration")
+    from wan_fast.calibrate import Recording, calibrate
+
+    add_options(parser, Recording)
+    add_options(parser, EngineConfig, less=("task", "checkpoint", *caches))
+    add_options(parser, Request, less=("prompt", "seed", "noise"))
+    parsed = parser.parse_args(words)
+    recording = build(Recording, parsed)
+    parsed.task = parsed.task or _task_of(parsed.checkpoint)
+    config, request = build(EngineConfig, parsed), build(Request, parsed)
+    with _Bars(recording.quiet) as bars:
+        file, found, points = calibrate(config, request, recording, on_progress=bars)
+    print(f"recorded    {_count(found.prompts or 0, 'prompt')}, {found.num_steps} steps at shift {found.shift:g}")
+    for point in points:
+        print(f"curve       {point.name:12s} {point.forwards:4d} passes  {point.psnr:5.1f} dB")
+    for row in found.masks:
+        print(f"mask        {row['mask']}  {row['mask'].count('#')} steps computed, {row['psnr']:.1f} dB")
+    run = f"wan-fast run --task {parsed.task} --ckpt_dir {shlex.quote(parsed.checkpoint)}"
+    print(f'next        {run} --step-cache magcache --prompt "..."')
+    print(file)
+    return 0
+
+
+def _task_of(checkpoint: str) -> str:
+    """The first task of this version that a checkpoint fits."""
+    from wan_fast import checkpoint as checkpoints
+
+    path = checkpoints.locate(checkpoint, TASKS["ti2v-5B"], download=False)
+    if path is None:
+        raise WanFastError(f"{checkpoint} is neither a folder nor in the hub cache; download it, or say its --task")
+    opened = checkpoints.open_checkpoint(path)
+    fits = [name for name in checkpoints.tasks_of(opened) if TASKS[name].wired]
+    if not fits:
+        raise WanFastError(f"{str(path)!r} ({checkpoints.kind_of(opened)}) fits no task that this version can run")
+    return fits[0]
 
 
 # --- doctor and inspect -------------------------------------------------------------------------------------------------

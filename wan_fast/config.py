@@ -142,9 +142,9 @@ class EngineConfig:
     )
     step_cache: str | None = option(
         None,
-        "steps that reuse what the blocks added the step before: off, teacache[:T], teacache-ret[:T], magcache[:T[,K[,R]]], "
-        "every[:N], searched[:P%], or a mask, '#' for a computed step and '.' for a reused one; T is a threshold, or P%, the "
-        "share of steps to compute; default off",
+        "steps that reuse what the blocks added the step before: off, auto[:P%], teacache[:T], teacache-ret[:T], "
+        "magcache[:T[,K[,R]]], every[:N], searched[:P%], or a quoted mask, '#' for a computed step and '.' for a reused one; T "
+        "is a threshold, or P%, the share of steps to compute; default off",
         "--step-cache",
         unit="CACHE",
     )

@@ -64,7 +64,7 @@ class Video:
 
 
 class Engine:
-    """Holds the models of one task and makes videos with them.
+    """Holds the models of one task and makes videos with them. `branches` makes the velocities of a run.
 
     Args:
         config: what to build.
@@ -76,6 +76,7 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, *, request: Request | None = None, on_progress: Progress | None = None) -> None:
+        self.branches: Callable[..., Branches] = Branches
         path = checkpoints.locate(config.checkpoint, config.spec)
         config = replace(config, checkpoint=str(path))
         self._setup = set_up(config)
@@ -123,25 +124,39 @@ class Engine:
         progress = on_progress or _silent
         self._seconds = {"load": self._seconds["load"]}
         self._reset_peak()
-        peaks = ", ".join(f"{stage} {count / GIB:.2f} GiB" for stage, count in todo.memory.peak.items())
         # made outside inference mode, so that the caller may change it
         width, height = todo.request.size
         frames = torch.empty(0 if on_pixels else todo.request.num_frames, height, width, 3, dtype=torch.uint8)
+        with self._running(todo):
+            latents = self._latents(todo, on_step, progress)
+            with self._stage("decode"):
+                self._decode(todo, latents, on_frames, on_pixels or _into(frames), progress)
+        return Video(frames=frames, latents=latents.cpu().clone(), fps=todo.request.fps, stats=self._stats(todo))
+
+    def latents(self, todo: Plan, *, on_progress: Progress | None = None) -> Tensor:
+        """Carry out a plan of this engine's up to the final latents [C, T, H, W] fp32, on its device."""
+        with self._running(todo):
+            return self._latents(todo, None, on_progress or _silent)
+
+    @contextmanager
+    def _running(self, todo: Plan) -> Iterator[None]:
+        """What holds while a plan is carried out."""
+        peaks = ", ".join(f"{stage} {count / GIB:.2f} GiB" for stage, count in todo.memory.peak.items())
         with (
             torch.inference_mode(),
             only_reference(self.config.kernels == "reference"),
             tf32_convolutions(todo.dtype == "bf16"),
             _memory_guard(self._setup, f"peaks of {peaks}"),
         ):
-            with self._stage("prepare"):
-                progress("prepare", 0, 1)
-                conditioning = PREPARE[self.spec.kind](todo.request, self)
-                progress("prepare", 1, 1)
-            with self._stage("denoise"):
-                latents = self._denoise(todo, conditioning, on_step, progress)
-            with self._stage("decode"):
-                self._decode(todo, latents, on_frames, on_pixels or _into(frames), progress)
-        return Video(frames=frames, latents=latents.cpu().clone(), fps=todo.request.fps, stats=self._stats(todo))
+            yield
+
+    def _latents(self, todo: Plan, on_step: Callable[[Step], None] | None, progress: Progress) -> Tensor:
+        with self._stage("prepare"):
+            progress("prepare", 0, 1)
+            conditioning = PREPARE[self.spec.kind](todo.request, self)
+            progress("prepare", 1, 1)
+        with self._stage("denoise"):
+            return self._denoise(todo, conditioning, on_step, progress)
 
     def encode_text(self, texts: Mapping[str, str]) -> Mapping[str, Tensor]:
         """Each text -> [S, text_dim], unpadded, on the engine's device."""
@@ -158,7 +173,7 @@ class Engine:
         self, todo: Plan, conditioning: Conditioning, on_step: Callable[[Step], None] | None, progress: Progress
     ) -> Tensor:
         solver = Solver(todo.steps, self._noise(todo), conditioning.known)
-        branches = Branches(
+        branches = self.branches(
             todo.steps, self._expert, conditioning.text, conditioning.split, self.device,
             zero_star=todo.config.cfg_zero is not None,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from typing import Any, NoReturn, TypeVar
@@ -92,11 +92,11 @@ class _Collect(argparse.Action):
         setattr(namespace, self.dest, [*seen, (option, values if isinstance(values, str) else "")])
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """One flag per field: its names, type, choices, default and help come from the dataclass."""
+def add_options(parser: argparse.ArgumentParser, cls: type, less: Collection[str] = ()) -> None:
+    """One flag per field but for those in `less`: its names, type, choices, default and help come from the dataclass."""
     group = parser.add_argument_group(cls.__doc__.splitlines()[0].rstrip(".") if cls.__doc__ else cls.__name__)
     hints = typing.get_type_hints(cls)
-    for field in fields(cls):
+    for field in (field for field in fields(cls) if field.name not in less):
         kind, optional = _unwrap(hints[field.name])
         help = field.metadata["help"].replace("%", "%%")
         settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}

@@ -71,6 +71,7 @@ class Plan:
     latent_shape: tuple[int, int, int, int]
     tokens: int
     steps: tuple[Step, ...]
+    step_cache: str
     memory: MemoryPlan
     kernels: tuple[KernelChoice, ...]
     flops: Mapping[str, float]
@@ -126,6 +127,7 @@ class Plan:
                 }
                 for step in self.steps
             ],
+            "step_cache": self.step_cache,
             "forwards": self.forwards,
             "forwards_uncached": self.forwards_uncached,
             "memory": {f.name: _plain(getattr(self.memory, f.name)) for f in dataclasses.fields(self.memory)},
@@ -231,7 +233,7 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
         _check_noise(Path(todo.noise), latent_shape)
     tokens = prod(latent_shape[1:]) // prod(PATCH)
     models = _Models.of(spec, opened)
-    steps, said = schedule(config, todo, opened, next(iter(models.experts.values())), setup.preset)
+    steps, step_cache, said = schedule(config, todo, opened, next(iter(models.experts.values())), setup.preset)
     warnings += said
     memory = _memory_plan(config, models, setup, latent_shape, todo, steps)
     flops = _flops(models, steps, latent_shape, tokens, todo)
@@ -254,6 +256,7 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
         latent_shape=latent_shape,
         tokens=tokens,
         steps=steps,
+        step_cache=step_cache,
         memory=memory,
         kernels=setup.kernels,
         flops=flops,

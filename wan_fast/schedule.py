@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import cache as cache_of
+from functools import cache as once
 from functools import partial
 
 from wan_fast import calibration, manifest, skipping
 from wan_fast.caches import StepCache
+from wan_fast.calibration import Wanted
 from wan_fast.checkpoint import Checkpoint
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Resolved
 from wan_fast.errors import WanFastError
 from wan_fast.skipping import FEW_STEPS, SIGNALS, Known
 from wan_fast.steps import Step, in_8_bits, step_plan
 
-# what a preset's cache may lack, and leave out
-_WITHOUT = "--quality takes no {} here: {}"
+# for rules that are no measured ones
+NOTHING = Known(calibration=None, distances=lambda signal: [])
 
 
 def schedule(
     config: EngineConfig, request: Resolved, opened: Checkpoint | None, dims: manifest.DiTDims, preset: Collection[str] = ()
-) -> tuple[tuple[Step, ...], list[str]]:
-    """The steps, and what there is to say about them.
+) -> tuple[tuple[Step, ...], str, list[str]]:
+    """The steps, in words what the step cache is, and what there is to warn of.
 
     Args:
         config: the engine, without a preset.
@@ -48,23 +49,24 @@ def schedule(
         raise WanFastError(
             f"--cfg-zero {zero} leaves none of {len(steps)} steps to compute; take a smaller number, 2 of 50 say"
         )
-    said: list[str] = []
-    guided = any(step.unconditional != "none" for step in steps)
-    if not guided and cfg_cache and "cfg_cache" not in preset:
-        raise WanFastError(
-            f"--cfg-cache {config.cfg_cache}: the guidance scale is 1, there is no unconditional pass to save; leave it out"
-        )
-    if not guided and config.cfg_zero == 0:
-        raise WanFastError("--cfg-zero 0: the guidance scale is 1, there is nothing to scale; leave it out")
-    by_branch = None
+    if all(step.unconditional == "none" for step in steps):
+        if cfg_cache and "cfg_cache" not in preset:
+            raise WanFastError(
+                f"--cfg-cache {config.cfg_cache}: the guidance scale is 1, there is no unconditional pass to save; leave it out"
+            )
+        if config.cfg_zero == 0:
+            raise WanFastError("--cfg-zero 0: the guidance scale is 1, there is nothing to scale; leave it out")
+        cfg_cache = None
+    by_branch, words = None, ""
+    warnings: list[str] = []
     if step_cache:
         try:
-            by_branch, said = _rules(config, request, step_cache, steps, opened, dims)
+            by_branch, words, warnings = _rules(config, request, step_cache, steps, opened, dims)
         except WanFastError as error:
             if "step_cache" not in preset:
                 raise
-            said = [_WITHOUT.format("step cache", str(error).removeprefix("--step-cache "))]
-    return skipping.with_caches(steps, by_branch, cfg_cache if guided else None, zero), said
+            warnings = [f"--quality takes no step cache here: {str(error).removeprefix('--step-cache ')}"]
+    return skipping.with_caches(steps, by_branch, cfg_cache, zero), words, warnings
 
 
 def _rules(
@@ -74,34 +76,18 @@ def _rules(
     steps: tuple[Step, ...],
     opened: Checkpoint | None,
     dims: manifest.DiTDims,
-) -> tuple[dict[str, skipping.Rule] | None, list[str]]:
-    if cache.kind in ("mask", "every"):
-        known = Known(calibration=None, distances=lambda signal: [])
-    else:
-        found, others, file = _calibration(config, request, opened, dims)
-        known = Known(calibration=found, distances=cache_of(partial(_distances, opened, steps)), others=others)
-    if cache.kind != "mask" and len(steps) <= FEW_STEPS:
+) -> tuple[dict[str, skipping.Rule] | None, str, list[str]]:
+    """The rules, in words what they are, and warnings."""
+    if cache.kind == "mask":
+        return skipping.rules(cache, steps, NOTHING), "mask", []
+    if len(steps) <= FEW_STEPS:
         raise WanFastError(
             f"--step-cache {config.step_cache} is not for {len(steps)} steps: of {FEW_STEPS} or fewer each differs too much "
             "from the last; leave it out, or write a mask"
         )
-    if cache.kind in SIGNALS and opened is None:
-        return None, [
-            f"--step-cache {config.step_cache} depends on the checkpoint's time embedding: until that is here, all steps are "
-            "shown as computed"
-        ]
-    said = []
-    if cache.kind not in ("mask", "every") and others and cache.kind != "searched":
-        where = f"{str(file)!r}" if file else "the published data"
-        said = [f"{where} for --step-cache {cache.kind} is of {', '.join(others)}; wan-fast calibrate makes some for this run"]
-    return skipping.rules(cache, steps, known), said
-
-
-def _calibration(
-    config: EngineConfig, request: Resolved, opened: Checkpoint | None, dims: manifest.DiTDims
-) -> tuple[calibration.Calibration | None, list[str], object]:
-    """The nearest one, what of it is of another run, and its file; None of a published one."""
-    wanted = calibration.Wanted(
+    if cache.kind == "every":
+        return skipping.rules(cache, steps, NOTHING), f"every:{cache.every}", []
+    wanted = Wanted(
         task=config.task,
         num_steps=request.num_steps,
         shift=request.shift,
@@ -109,13 +95,20 @@ def _calibration(
         num_frames=request.num_frames,
         image=request.image is not None,
     )
-    entries: list[calibration.Calibration] = []
-    file = None
-    if opened or config.calibration:
-        place = opened.path if opened else None
-        entries, file = calibration.own(place, fingerprint(dims, config.spec.experts), config.calibration)
+    model = fingerprint(dims, config.spec.experts)
+    entries = calibration.own(opened.path if opened else None, model, config.calibration)
     found, others = calibration.best(entries or calibration.published(config.task), wanted)
-    return found, others, file
+    known = Known(calibration=found, distances=once(partial(_distances, opened, steps)), others=others)
+    asked, cache = cache, skipping.chosen(cache, known) if cache.kind == "auto" else cache
+    if cache.kind in SIGNALS and opened is None:
+        why = "depends on the checkpoint's time embedding: until that is here, all steps are shown as computed"
+        return None, "", [f"--step-cache {config.step_cache} {why}"]
+    warnings = []
+    if others and cache.kind != "searched":
+        where = "your calibration" if entries else "what is published"
+        warnings = [f"--step-cache {cache.kind}: {where} is of {', '.join(others)}; see wan-fast calibrate"]
+    rules = skipping.rules(cache, steps, known)
+    return rules, skipping.described(asked, cache, rules["conditional"]), warnings
 
 
 def fingerprint(dims: manifest.DiTDims, experts: Collection[str]) -> str:

@@ -151,12 +151,28 @@ class Known:
     """In words, what of the calibration is of another run."""
 
 
+def chosen(cache: StepCache, known: Known) -> StepCache:
+    """What "auto" takes: a mask that was searched, else magcache, else teacache, at half of the steps unless it says otherwise.
+
+    Raises:
+        WanFastError: nothing is known of the model.
+    """
+    found, others = known.calibration, known.others
+    if found is None or not (found.magcache or found.teacache):
+        raise WanFastError("--step-cache auto: nothing is known of this model; run wan-fast calibrate, or take every:2")
+    searched = found.masks and not any(what.startswith("shift") or what.endswith("steps") for what in others)
+    kind = "searched" if searched else "magcache" if found.magcache else "teacache"
+    return replace(cache, kind=kind, share=cache.share or 0.5)
+
+
 def rules(cache: StepCache, steps: Sequence[Step], known: Known) -> dict[str, Rule]:
     """A rule per branch.
 
     Raises:
         WanFastError: the model has no calibration for it, or a mask is of another length.
     """
+    if cache.kind == "auto":
+        cache = chosen(cache, known)
     if cache.share is not None and cache.kind != "searched":
         return _by_share(cache, steps, known)
     if cache.kind == "mask":
@@ -194,6 +210,16 @@ def rules(cache: StepCache, steps: Sequence[Step], known: Known) -> dict[str, Ru
     threshold = coefficients["threshold"] if cache.threshold is None else cache.threshold
     polynomials = {name: values for name, values in coefficients.items() if name != "threshold"}
     return {branch: teacache(signal, known.distances(signal), polynomials, steps, threshold) for branch in BRANCHES}
+
+
+def described(asked: StepCache, cache: StepCache, rule: Rule) -> str:
+    """In words what a step cache came to."""
+    words = cache.kind
+    if isinstance(rule, (TeaCache, MagCache)):
+        words += f" of threshold {rule.threshold:.3g}"
+    if isinstance(rule, MagCache):
+        words += f", at most {rule.max_skips} in a row"
+    return f"{words} (auto)" if asked.kind == "auto" else words
 
 
 def _by_share(cache: StepCache, steps: Sequence[Step], known: Known) -> dict[str, Rule]:
@@ -283,6 +309,7 @@ def with_caches(
         zero: steps at the start that predict nothing.
     """
     always = {max(i, zero) for i in forced(steps)}
+    firsts = {i for i in always if i == zero or steps[i].expert != steps[i - 1].expert}
     rule_of: Mapping[str, Rule | None] = by_branch or dict.fromkeys(BRANCHES)
     rows: list[Step] = []
     twins = False  # the residuals of both branches are of the same step
@@ -294,10 +321,9 @@ def with_caches(
             continue
         conditional = _decided(rule_of["conditional"], i, i in always)
         since += conditional == "run"
-        caching = cfg is not None and i >= cfg.start * len(steps) and (i not in always or (last and not cfg.every))
         if not guided:
             unconditional = "none"
-        elif not cfg or not caching:
+        elif not cfg or i < cfg.start * len(steps) or i in firsts or (last and cfg.every):
             unconditional = _decided(rule_of["unconditional"], i, i in always)
         elif conditional == "reuse":
             unconditional = "reuse" if twins else "reconstruct"

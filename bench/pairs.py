@@ -1,0 +1,482 @@
+"""Every pair of options on models of two layers: refused before a weight is read, or the video that it should be.
+
+    python -m bench.pairs            # writes bench/results/pairs.md
+
+What a video should be is said twice. `written_out` carries out the rows of a plan by the formulas, in plain PyTorch around a
+model in fp32; every run is held against that, to the rounding of its number formats. And an option that does not make another
+video by definition is held against the run without it: to the bit, or by its class. On a CPU; what it does not compute in is
+emulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from models import relative_error, write_native
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench import RESULTS
+from bench.quality import emulated
+from wan_fast import calibration
+from wan_fast.calibration import BRANCHES, Calibration
+from wan_fast.checkpoint import open_checkpoint
+from wan_fast.conditioning import PREPARE
+from wan_fast.config import EngineConfig, Request, WanFastError
+from wan_fast.dit import Context, WanDiT, grid_of, sinusoid
+from wan_fast.engine import Engine
+from wan_fast.manifest import DiTDims
+from wan_fast.planning import Plan, Setup, plan, set_up
+from wan_fast.schedule import fingerprint
+from wan_fast.steps import Step
+from wan_fast.tasks import TASKS
+
+# Marks of what became of a pair, the exact ones first, which are also the kinds of values: the least exact that they may be. A
+# PICTURE is another video by definition, the baseline of what is beside it.
+SAME, ROUNDED, IN_8_BITS, APPROXIMATE, PICTURE, REFUSED = "=", "~", "8", "≈", "o", "×"
+EXACTNESS = SAME + ROUNDED + IN_8_BITS + APPROXIMATE
+
+STEPS = 9  # of 8 caches are refused
+OPTIONS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
+    "dtype": {"fp32": (SAME, {"dtype": "fp32"}), "bf16": (ROUNDED, {"dtype": "bf16"})},
+    "precision": {
+        "bf16": (SAME, {"precision": "bf16"}),  # linears are in --dtype, which is fp32 on a CPU
+        "fp8": (IN_8_BITS, {"precision": "fp8"}),
+        "fp8 block": (IN_8_BITS, {"precision": "fp8", "scaling": "block"}),
+        "int8": (IN_8_BITS, {"precision": "int8"}),
+    },
+    "attention": {
+        "sdpa": (SAME, {"attention": "sdpa"}),
+        "int8": (IN_8_BITS, {"attention": "int8"}),
+        "fp8": (IN_8_BITS, {"attention": "fp8"}),
+        "int8, 2,1 kept, skip 0.01": (IN_8_BITS, {"attention": "int8", "keep_steps": (2, 1), "skip_softmax": 0.01}),
+    },
+    "step cache": {
+        "off": (SAME, {"step_cache": "off"}),
+        "mask": (APPROXIMATE, {"step_cache": "##.#.##.#"}),  # the 7th step is the first of the second expert
+        "every:2": (APPROXIMATE, {"step_cache": "every:2"}),
+        "teacache": (APPROXIMATE, {"step_cache": "teacache"}),
+        "magcache": (APPROXIMATE, {"step_cache": "magcache"}),
+    },
+    "CFG cache": {
+        "off": (SAME, {"cfg_cache": "off"}),
+        "difference": (APPROXIMATE, {"cfg_cache": "difference"}),
+        "frequency": (APPROXIMATE, {"cfg_cache": "frequency"}),
+        "gate": (APPROXIMATE, {"cfg_cache": "gate"}),
+    },
+    "quality": {
+        "lossless": (SAME, {"quality": "lossless"}),
+        "high": (APPROXIMATE, {"quality": "high"}),
+        "fast": (APPROXIMATE, {"quality": "fast"}),
+        "draft": (APPROXIMATE, {"quality": "draft"}),
+    },
+    "kernels": {"reference": (SAME, {"kernels": "reference"})},
+    "offload": {"True": (SAME, {"offload_model": True})},
+    "convert dtype": {"True": (ROUNDED, {"convert_model_dtype": True})},
+    "VAE dtype": {"bf16": (SAME, {"vae_dtype": "bf16"})},
+    "task": {
+        "t2v-A14B": (PICTURE, {"task": "t2v-A14B"}),
+        "ti2v-5B": (PICTURE, {"task": "ti2v-5B"}),
+        "ti2v-5B, image": (PICTURE, {"task": "ti2v-5B", "image": "picture.png"}),
+    },
+    "solver": {"dpm++": (PICTURE, {"solver": "dpm++"}), "euler": (PICTURE, {"solver": "euler"})},
+    "guidance": {"1": (PICTURE, {"guidance_scale": 1.0})},
+    "CFG-Zero*": {"1": (PICTURE, {"cfg_zero": 1})},
+    "steps": {"8": (PICTURE, {"num_steps": 8})},
+}
+# what holds where it is not named; besides: fp32, exact attention, UniPC, guidance 5
+DEFAULTS: Mapping[str, Any] = {
+    "task": "t2v-1.3B", "prompt": "a red ball bounces", "negative_prompt": "blurred", "size": (64, 64), "num_frames": 5,
+    "num_steps": STEPS, "seed": 0,
+}  # fmt: skip
+# Pairs whose first value has another kind than its own. Presets take no 8 bits on a CPU, high no CFG cache anywhere, and a step
+# cache is not for 8 steps; draft computes no steps but those that are kept; only a picture is encoded before there are latents.
+BESIDE = {
+    **{("quality high", f"step cache {name}"): SAME for name in OPTIONS["step cache"]},
+    ("quality high", "steps 8"): SAME,
+    ("attention int8, 2,1 kept, skip 0.01", "quality draft"): SAME,
+    ("VAE dtype bf16", "task ti2v-5B, image"): ROUNDED,
+}
+# options that presets give way to: what they chose themselves may be the same or not
+GIVEN = ("step cache", "CFG cache")
+
+# Largest relative L2 error of latents to the formulas in fp32, by what a run has; of more than one their sum. Seen at most:
+# 6e-7, 0.0072, 0.0057, 0.027 and 0.053. Attention does so little as there are 8 to 32 tokens.
+LIMITS = {"fp32": 1e-5, "bf16": 0.012, "attention in 8 bits": 0.009, "int8": 0.04, "fp8": 0.08}
+# Largest distance of what is approximate to the run without, seen up to 0.57, and that of two approximations in parts of the
+# sum of each alone, up to 1.1. With random weights neighbouring steps are less alike than with trained ones.
+FARTHEST, TOGETHER = 0.75, 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value of one option: `kind` is the mark that it may have, `settings` what it is to EngineConfig and Request."""
+
+    option: str
+    name: str
+    kind: str
+    settings: Mapping[str, Any] = field(hash=False)
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.name}"
+
+    def kind_beside(self, others: Sequence[Value]) -> str:
+        """The mark that it may have there."""
+        return next((BESIDE[str(self), str(other)] for other in others if (str(self), str(other)) in BESIDE), self.kind)
+
+
+VALUES = tuple(Value(option, name, kind, settings) for option, row in OPTIONS.items() for name, (kind, settings) in row.items())
+PAIRS = tuple(pair for pair in combinations(VALUES, 2) if pair[0].option != pair[1].option)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a pair, or of a value alone.
+
+    mark: in what it differs from its baseline. reason: why it is refused. error: to the formulas, distance: to the baseline,
+    both relative L2. faults: what is not as it should be.
+    """
+
+    mark: str
+    reason: str = ""
+    error: float = 0.0
+    distance: float = 0.0
+    faults: tuple[str, ...] = ()
+
+
+@contextmanager
+def laboratory(folder: Path) -> Iterator[Lab]:
+    """A Lab where 8 bits are emulated, and the headers of a checkpoint are read once."""
+    with emulated(), patch("wan_fast.checkpoint.open_checkpoint", cache(open_checkpoint)):
+        yield Lab(folder)
+
+
+class Lab:
+    """Small checkpoints in a folder, the engines that were needed so far, and what they made.
+
+    A run is made once: what engines are built of and what plans say is all that it depends on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._settled: dict[tuple[Value, ...], tuple[Setup, Plan]] = {}
+        self._engines: dict[Any, Engine] = {}
+        self._latents: dict[Any, Tensor] = {}
+        self._written_out: dict[Any, Tensor] = {}
+        self._outcomes: dict[tuple[Value, ...], Outcome] = {}
+        Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(folder / "picture.png")
+        for task in ("t2v-1.3B", "t2v-A14B", "ti2v-5B"):
+            (folder / task).mkdir()
+            write_native(folder / task, task, width=128)
+            _shorten_text(folder / task)
+            _calibrate(folder / task, task)
+
+    def settle(self, *values: Value) -> tuple[Setup, Plan]:
+        """What a configuration and a request of these values come to.
+
+        Raises:
+            WanFastError: they are refused.
+        """
+        if values not in self._settled:
+            settings = {**DEFAULTS, **{name: given for value in values for name, given in value.settings.items()}}
+            if "image" in settings:
+                settings["image"] = str(self.folder / settings["image"])
+            of_request = {option.name for option in fields(Request)}
+            request = Request(**{name: given for name, given in settings.items() if name in of_request})
+            others = {name: given for name, given in settings.items() if name not in of_request}
+            config = EngineConfig(**others, checkpoint=str(self.folder / settings["task"]), device="cpu")
+            setup = set_up(config)
+            self._settled[values] = setup, plan(config, request, setup)
+        return self._settled[values]
+
+    def latents(self, setup: Setup, todo: Plan) -> Tensor:
+        """[C, T, H, W] that the engine makes."""
+        key = _built_of(setup, todo), todo.request, todo.steps, todo.config.cfg_zero is None
+        if key not in self._latents:
+            self._latents[key] = self._engine(setup, todo).latents(todo)
+        return self._latents[key]
+
+    def written_out(self, todo: Plan) -> Tensor:
+        """[C, T, H, W] that the formulas make of the plan's rows, with the model in fp32."""
+        steps = tuple(replace(step, attention="exact") for step in todo.steps)
+        key = todo.config.task, todo.request, steps, todo.config.cfg_zero is None
+        if key not in self._written_out:
+            setup, _ = self.settle(*(value for value in VALUES if value.settings == {"task": todo.config.task}))
+            self._written_out[key] = written_out(self._engine(setup, todo), todo)
+        return self._written_out[key]
+
+    def _engine(self, setup: Setup, todo: Plan) -> Engine:
+        key = _built_of(setup, todo)
+        if key not in self._engines:
+            self._engines[key] = Engine(setup.config)
+        return self._engines[key]
+
+    def outcomes(self) -> dict[tuple[Value, ...], Outcome]:
+        """Of every value alone, and of every pair."""
+        return {values: self.outcome(*values) for values in (*((value,) for value in VALUES), *PAIRS)}
+
+    def outcome(self, *values: Value) -> Outcome:
+        if values not in self._outcomes:
+            self._outcomes[values] = self.judge(*values)
+        return self._outcomes[values]
+
+    def judge(self, *values: Value) -> Outcome:
+        """Plan, run and compare; `outcome` does so once."""
+        try:
+            setup, todo = self.settle(*values)
+        except WanFastError as error:
+            return Outcome(REFUSED, reason=str(error).partition(";")[0])
+        pictures = [value for value in values if value.kind == PICTURE]
+        base_setup, base = self.settle(*pictures)
+        result, baseline = self.latents(setup, todo), self.latents(base_setup, base)
+        formats = _formats(setup, todo)
+        mark = APPROXIMATE if _passes(todo) != _passes(base) else _mark_of(formats)
+        found = Outcome(
+            PICTURE if len(pictures) == len(values) else mark,
+            error=relative_error(result, self.written_out(todo)),
+            distance=relative_error(result, baseline),
+        )
+        faults = [*self._faults_of_values(values, result), *_faults_of_plan(mark, todo, base)]
+        if not pictures:
+            faults += _faults_of_columns(todo, [self.settle(value)[1] for value in values])
+        kinds = [value.kind_beside(values) for value in values if value.kind != PICTURE]
+        if mark != (wanted := max(kinds, key=EXACTNESS.index, default=SAME)):
+            faults.append(f"it is {mark}, not {wanted}")
+        if mark == SAME and not torch.equal(result, baseline):
+            faults.append("it is not the baseline to the bit")
+        most = sum(LIMITS[name] for name in formats)
+        if not found.error <= most:  # NaN neither
+            faults.append(f"relative error {found.error:.2g} to the formulas, at most {most:g}")
+        if mark == APPROXIMATE:
+            most = FARTHEST
+            if len(values) > 1 and all(value.kind == APPROXIMATE for value in values):
+                most = TOGETHER * sum(self.outcome(value).distance for value in values)
+            if not found.distance <= most:
+                faults.append(f"relative distance {found.distance:.2g} to the run without, at most {most:.2g}")
+        return replace(found, faults=tuple(faults))
+
+    def _faults_of_values(self, values: Sequence[Value], result: Tensor) -> Iterator[str]:
+        """Values that change nothing, or what they may not."""
+        options = {value.option for value in values}
+        for value in values:
+            if "quality" in options and value.option in GIVEN:
+                continue
+            same = torch.equal(result, self.latents(*self.settle(*(other for other in values if other is not value))))
+            if same != (value.kind_beside(values) == SAME):
+                yield f"{value} changes " + ("nothing" if same else "bits")
+
+
+def _built_of(setup: Setup, todo: Plan) -> Any:
+    """What of an engine is at work before there are latents to decode, as its plan has it.
+
+    On a CPU kernels are the reference whatever is asked for, and nothing is offloaded.
+    """
+    forms = tuple((expert, *sorted(by_linear.items())) for expert, by_linear in setup.forms.items())
+    kernels = tuple((kernel.op, kernel.backend) for kernel in setup.kernels)
+    encoder = setup.vae_dtype if todo.request.image else None
+    config = setup.config
+    own = config.skip_softmax, config.convert_model_dtype
+    return config.task, setup.dtype, forms, kernels, own, encoder, todo.memory.offload
+
+
+def _formats(setup: Setup, todo: Plan) -> list[str]:
+    """Of LIMITS what a run has."""
+    formats = ["fp32", *{form.precision for forms in setup.forms.values() for form in forms.values()}]
+    if any(step.attention == "8-bit" for step in todo.steps):
+        formats.append("attention in 8 bits")
+    rounded = setup.config.convert_model_dtype or "bf16" in (setup.dtype, todo.request.image and setup.vae_dtype)
+    return formats + ["bf16"] * rounded
+
+
+def _mark_of(formats: Sequence[str]) -> str:
+    return SAME if formats == ["fp32"] else ROUNDED if formats == ["fp32", "bf16"] else IN_8_BITS
+
+
+def _passes(todo: Plan) -> list[tuple[str, str]]:
+    return [(step.conditional, step.unconditional) for step in todo.steps]
+
+
+def _faults_of_columns(todo: Plan, alone: Sequence[Plan]) -> Iterator[str]:
+    """What one option says of attention and of the conditional passes the other one leaves as it is."""
+    for column in ("attention", "conditional"):
+        of_each = [[getattr(step, column) for step in each.steps] for each in (todo, *alone)]
+        if alone and of_each[0] not in of_each[1:]:
+            yield f"the plan's column {column} is that of neither alone"
+
+
+def _faults_of_plan(mark: str, todo: Plan, base: Plan) -> Iterator[str]:
+    def unchanged(step: Step) -> Step:
+        return replace(step, conditional="", unconditional="", difference=(1.0, 1.0), attention="")
+
+    if [unchanged(step) for step in todo.steps] != [unchanged(step) for step in base.steps]:
+        yield "the plan has other steps than the baseline's"
+    if todo.forwards_uncached != base.forwards_uncached:
+        yield f"{todo.forwards_uncached} passes were there to leave out, not {base.forwards_uncached}"
+    if not (0 < todo.forwards < base.forwards if mark == APPROXIMATE else todo.forwards == base.forwards):
+        yield f"{todo.forwards} passes beside {base.forwards} of the baseline"
+
+
+@torch.inference_mode()
+def written_out(engine: Engine, todo: Plan) -> Tensor:
+    """Carry out a plan's rows by the formulas of guidance, caches and solvers.
+
+    Args:
+        engine: the models, in fp32 with exact attention.
+        todo: the plan, whose rows say what is computed, reused and reconstructed.
+
+    Returns:
+        [C, T, H, W] fp32, the final latents.
+    """
+    given = PREPARE[engine.spec.kind](todo.request, engine)
+    x = torch.randn(todo.latent_shape, generator=torch.Generator().manual_seed(todo.request.seed))
+    known = x[:, :0] if given.known is None else given.known
+    x[:, : known.shape[1]] = known
+    sample, older, oldest, difference = (torch.zeros_like(x) for _ in range(4))
+    contexts: dict[tuple[str, str], Context] = {}
+    residuals: dict[str, Tensor] = {}
+    for step in todo.steps:
+        model: Any = engine.models[step.expert]
+        time = torch.tensor([[0.0, step.timestep] if given.split else [step.timestep]])  # [1, R]
+        velocity: dict[str, Tensor] = {}
+        for branch in BRANCHES:
+            how = getattr(step, branch)
+            if how == "run":
+                if (step.expert, branch) not in contexts:
+                    contexts[step.expert, branch] = model.prepare([given.text[branch]], grid_of(x.shape))
+                residuals[branch] = torch.empty(1, todo.tokens, model.dims.dim)
+                context = contexts[step.expert, branch]
+                velocity[branch] = model(x[None], time, context, split=given.split, residual=residuals[branch])[0]
+            elif how == "reuse":
+                velocity[branch] = _resumed(model, x, time, residuals[branch], given.split)
+            elif how == "reconstruct":
+                low, (of_low, of_high) = _low(difference), step.difference
+                velocity[branch] = velocity["conditional"] - of_low * low - of_high * (difference - low)
+            elif how == "zero":
+                velocity[branch] = torch.zeros_like(x)
+        v, other = velocity["conditional"], velocity.get("unconditional")
+        if other is not None:
+            difference = v - other if step.unconditional == "run" else difference
+            if todo.config.cfg_zero is not None:
+                other = other * (v * other).sum() / (other.square().sum() + 1e-8)
+            v = other + step.guidance_scale * (v - other)
+        x0 = x - step.sigma * v
+        if step.corrector is not None:
+            x = _weighed(step.corrector, sample, x0, older, oldest)
+        sample, x = x, _weighed(step.predictor, x, x0, older)
+        older, oldest = x0, older
+        x[:, : known.shape[1]] = known
+    return x
+
+
+def _resumed(model: WanDiT, x: Tensor, time: Tensor, residual: Tensor, split: int) -> Tensor:
+    """The velocity of x [C, T, H, W] at time [1, R], with what the blocks added before, [1, L, D], in their place."""
+    tokens = model.embed(x[None]) + residual
+    shift, scale = model.head.modulated_by(model.time_embedding(sinusoid(time, model.dims.freq_dim)))  # [1, R, D]
+    row = (torch.arange(tokens.shape[1]) >= split).long() * (time.shape[1] - 1)
+    y = F.layer_norm(tokens, tokens.shape[-1:], eps=model.dims.eps) * (1 + scale[:, row]) + shift[:, row]
+    T, H, W = grid_of(x.shape)
+    patches = model.head.head(y).view(T, H, W, 2, 2, -1)
+    return patches.permute(5, 0, 1, 3, 2, 4).reshape(-1, T, 2 * H, 2 * W)
+
+
+def _low(x: Tensor) -> Tensor:
+    """Of x [C, T, H, W] the frequencies of each frame up to a fifth of its shorter side, rounded down."""
+    rows, columns = (torch.fft.fftfreq(side) * side for side in x.shape[-2:])
+    within = rows[:, None].square() + columns.square() <= (min(x.shape[-2:]) // 5) ** 2
+    return torch.fft.ifft2(torch.fft.fft2(x) * within).real
+
+
+def _weighed(weights: Sequence[float], *tensors: Tensor) -> Tensor:
+    return torch.stack([weight * tensor for weight, tensor in zip(weights, tensors, strict=True)]).sum(0)
+
+
+def _shorten_text(folder: Path) -> None:
+    """Let a checkpoint's models read 16 tokens of text: most of a run's time would be that of 512."""
+    for file in folder.rglob("config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"text_len": 16}))
+
+
+def _calibrate(folder: Path, task: str) -> None:
+    """Write a calibration with which the step caches leave out different passes, magcache more conditional than others."""
+    spec = TASKS[task]
+    part = next(iter(open_checkpoint(folder).experts.values()))
+    curves = {branch: [ratio] * (STEPS - 1) for branch, ratio in zip(BRANCHES, (0.98, 0.94), strict=True)}
+    # time embeddings of random weights are far from one another: relative distances of 0.7 to 1.2
+    identity = {**{expert: [1.0, 0.0] for expert in spec.experts}, "threshold": 1.95}
+    found = Calibration(
+        model="random",
+        num_steps=STEPS,
+        shift=spec.shift,
+        magcache={**curves, "threshold": 0.12, "max_skips": 2, "retention": 0.2},
+        teacache={"embedding": identity},
+    )
+    dims = DiTDims.of_shapes(part.shapes, part.config)
+    calibration.write(folder / calibration.FILE, fingerprint(dims, spec.experts), [found])
+
+
+def page(outcomes: Mapping[tuple[Value, ...], Outcome]) -> str:
+    """Markdown of pairs, and of values alone on the diagonal."""
+    reasons = list(dict.fromkeys(found.reason for found in outcomes.values() if found.mark == REFUSED))
+
+    def cell(one: Value, other: Value) -> str:
+        found = outcomes.get((one,) if one is other else (one, other)) or outcomes.get((other, one))
+        if found is None:
+            return ""
+        return found.mark + (str(1 + reasons.index(found.reason)) if found.mark == REFUSED else "")
+
+    lines = [
+        "| | " + " | ".join(str(number) for number in range(1, len(VALUES) + 1)) + " |",
+        "| --- |" + " --- |" * len(VALUES),
+    ]
+    for number, value in enumerate(VALUES, 1):
+        lines.append(f"| {number} {value} | " + " | ".join(cell(value, other) for other in VALUES) + " |")
+    return "\n".join([INTRODUCTION, *lines, "", *(f"- ×{i}: {reason}" for i, reason in enumerate(reasons, 1)), ""])
+
+
+INTRODUCTION = f"""\
+# Pairs of options
+
+Written by `python -m bench.pairs`.
+
+Each pair of values of two options, on models of two layers with random weights, in {STEPS} steps on a CPU; a value alone is on
+the diagonal. What a CPU does not compute in is emulated, and its presets take no 8 bits. Every run is also held against the
+formulas of guidance, caches and solvers in plain PyTorch; an option that makes another video by definition (task, solver,
+guidance, CFG-Zero*, steps) is part of what the other one is compared with.
+
+- `=` the same latents to the bit; `~` other rounding; `8` rounding to 8 bits
+- `≈` passes are left out, and computed, reused and reconstructed as the plan says
+- `o` another video by definition
+- `×` refused before a weight is read, for the reason of that number
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argparse.ArgumentParser(prog="python -m bench.pairs", description="Every pair of options on small models.").parse_args(argv)
+    with TemporaryDirectory() as folder, laboratory(Path(folder)) as lab:
+        outcomes = lab.outcomes()
+    wrong = [(values, fault) for values, found in outcomes.items() for fault in found.faults]
+    for values, fault in wrong:
+        print(" x ".join(map(str, values)) + ": " + fault)
+    if wrong:
+        return 1
+    text = page(outcomes)
+    print(text)
+    (RESULTS / "pairs.md").write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

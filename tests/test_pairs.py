@@ -1,0 +1,70 @@
+"""Every pair of options is refused by the plan, or makes what it should; the table of them is that of now."""
+
+import re
+from dataclasses import fields
+
+import pytest
+import torch
+
+from bench import RESULTS, pairs
+from bench.pairs import PAIRS, REFUSED, VALUES
+from wan_fast.config import EngineConfig, Request
+
+# what a video is of, where it is made, and what two blocks are too few for
+NOT_PAIRED = {
+    *("prompt", "negative_prompt", "size", "num_frames", "fps", "shift", "seed", "noise"),
+    *("checkpoint", "calibration", "device", "vram", "t5_cpu", "keep_blocks"),
+}
+BY_NAME = {str(value): value for value in VALUES}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    with pytest.MonkeyPatch.context() as patch, pairs.laboratory(folder) as made:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield made
+
+
+def test_every_option_is_paired():
+    paired = {name for value in VALUES for name in value.settings}
+    assert paired | NOT_PAIRED == {field.name for options in (EngineConfig, Request) for field in fields(options)}
+    assert not paired & NOT_PAIRED and len({*PAIRS}) == len(PAIRS)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=str)
+def test_alone(lab, value):
+    found = lab.outcome(value)
+    assert found.mark != REFUSED and not found.faults
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: " x ".join(map(str, pair)))
+def test_pair(lab, pair):
+    assert not lab.outcome(*pair).faults
+
+
+def test_the_table_that_is_kept_is_that_of_now(lab):
+    kept = (RESULTS / "pairs.md").read_text(encoding="utf-8")
+    assert kept == pairs.page(lab.outcomes()), "run python -m bench.pairs"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names", "fault"),
+    [
+        (lambda x: x * 1.0001, ["dtype fp32", "solver euler"], "relative error 0.0001 to the formulas, at most 1e-05"),
+        (lambda x: x * 1.1, ["dtype bf16", "precision fp8"], "relative error 0.1[01] to the formulas, at most 0.092"),
+        (lambda x: x * float("nan"), ["dtype bf16", "CFG cache gate"], "relative error nan to the formulas"),
+        (torch.zeros_like, ["dtype bf16", "CFG cache gate"], "dtype bf16 changes nothing"),
+    ],
+)
+def test_a_wrong_run_is_noticed(lab, monkeypatch, wrong, names, fault):
+    monkeypatch.setattr(lab, "latents", lambda *args, run=lab.latents: wrong(run(*args)))
+    assert re.search(fault, "; ".join(lab.judge(*map(BY_NAME.get, names)).faults))
+
+
+def test_a_wrong_plan_is_noticed(lab, monkeypatch):
+    """As it is where the last option given wins."""
+    pair = BY_NAME["step cache every:2"], BY_NAME["CFG cache gate"]
+    monkeypatch.setattr(lab, "settle", lambda *values, own=lab.settle: own(*values[-1:]))
+    faults = lab.judge(*pair).faults
+    assert "CFG cache gate changes bits" not in faults and "step cache every:2 changes nothing" in faults
