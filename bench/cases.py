@@ -1,12 +1,12 @@
 """The registry: every case there is, in the order in which a short visit to a machine is best spent.
 
-Later work adds rows to `operations.py`, `gemm.py`, `attention.py` and `networks.py`; kernels come by themselves with their
-REAL_CASES.
+Later work adds rows to `operations.py`, `gemm.py`, `attention.py`, `presets.py` and `networks.py`; kernels come by themselves
+with their REAL_CASES.
 """
 
 from __future__ import annotations
 
-from bench import attention, gemm, networks, operations
+from bench import attention, gemm, networks, operations, presets
 from bench.registry import Case
 
 CASES: tuple[Case, ...] = (
@@ -21,8 +21,10 @@ CASES: tuple[Case, ...] = (
     *networks.GPU_14B_CASES,
     *gemm.GPU_PRECISION_CASES[1:],
     *attention.STEP_CASES[1:],
+    *presets.GPU_PRESET_CASES,
     *networks.GPU_RUN_CASES,
     *networks.GPU_COMPILED_CASES,
     *networks.CPU_CASES,
+    *presets.CPU_PRESET_CASES,
     *gemm.CPU_PRECISION_CASES,
 )

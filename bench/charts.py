@@ -184,7 +184,7 @@ def _errors(axis: Any, runs: Mapping[str, list[float]]) -> None:
     some = [error for errors in runs.values() for error in errors if error]
     if not some:
         return
-    for (name, errors), colour, mark in zip(runs.items(), (_BLUE, _ORANGE, _GREEN, _PURPLE, "black"), "osD^v", strict=True):
+    for (name, errors), colour, mark in zip(runs.items(), (_BLUE, _ORANGE, _GREEN, _PURPLE, "black"), "osD^v", strict=False):
         points = [(step, error) for step, error in enumerate(errors) if error]
         axis.plot(*zip(*points, strict=True), f"{mark}:", color=colour, label=name, markersize=5, linewidth=0.8)
     axis.set_yscale("log")

@@ -22,7 +22,6 @@ from bench.registry import OURS, Case, NotHere, Work
 from bench.timer import graph
 from wan_fast import manifest
 from wan_fast.attention import Attention, choose, first_that_runs, sdpa
-from wan_fast.branches import Branches
 from wan_fast.checkpoint import locate, open_checkpoint
 from wan_fast.config import EngineConfig, Request
 from wan_fast.dit import WanDiT, grid_of
@@ -31,9 +30,6 @@ from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
 from wan_fast.names import DIT_NAMES, VAE21_NAMES, VAE22_NAMES, Rules, native_name
 from wan_fast.planning import DECODES
 from wan_fast.profiling import busy
-from wan_fast.sampler import denoise
-from wan_fast.solver import Solver
-from wan_fast.steps import step_plan
 from wan_fast.tasks import TASKS, VAES
 from wan_fast.vae import WanVAE
 
@@ -220,30 +216,6 @@ def recipe(dims: DiTDims, shape: tuple[int, ...], dtype: torch.dtype, device: to
         tolerance=1e-4 if dtype == FP32 else 5e-2,
         flops=manifest.dit_flops(dims, prod(context.grid)),
         bytes=sum(w.nbytes for w in model.state_dict().values()) + 2 * x.nbytes,
-    )
-
-
-def denoising(task: str, video: tuple[int, int, int], num_steps: int, device: torch.device) -> Work:
-    """All steps of a generation as the engine does them, both guidance branches, on random weights."""
-    spec = TASKS[task]
-    shape = latent_shape(task, *video)
-    parts = make_dit(DiTDims.of_task(spec), shape, BF16, device)
-    steps = step_plan(spec, "unipc", num_steps, spec.shift, spec.guidance_scale)
-    noise = torch.randn(shape, device=device)
-    branches = Branches(steps, lambda name: parts["model"], {}, 0, device)
-    branches.contexts = {("model", branch): parts["context"] for branch in ("conditional", "unconditional")}
-    dims = parts["model"].dims
-
-    def ours() -> Tensor:
-        solver = Solver(steps, noise)
-        denoise(steps, solver.latents, branches, solver)
-        return solver.latents
-
-    return Work(
-        arms={OURS: lambda: ours},
-        rate="bf16",
-        tolerance=None,
-        flops=2 * len(steps) * manifest.dit_flops(dims, prod(parts["context"].grid)),
     )
 
 
@@ -452,7 +424,6 @@ GPU_VAE_CASES = (
     Case("vae/2.2-encode/1280x704x1/fp32", "cuda", _vae("2.2", (48, 1, 44, 80), True), 4.0),
 )
 GPU_RUN_CASES = (
-    Case("denoise/ti2v-5B/1280x704x121-50-steps/bf16", "cuda", partial(denoising, "ti2v-5B", (1280, 704, 121), 50), 0.0, True),
     Case("text/umt5-xxl/64-tokens/bf16", "cuda", partial(text, _UMT5_XXL, 64, BF16), 4.0),
     Case(
         "recipe/ti2v-5B/1280x704x121/bf16",

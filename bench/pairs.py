@@ -40,6 +40,7 @@ from wan_fast.dit import Context, WanDiT, grid_of, sinusoid
 from wan_fast.engine import Engine
 from wan_fast.manifest import DiTDims
 from wan_fast.planning import Plan, Setup, plan, set_up
+from wan_fast.quality import PRESETS
 from wan_fast.schedule import fingerprint
 from wan_fast.steps import Step
 from wan_fast.tasks import TASKS
@@ -62,7 +63,7 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
         "sdpa": (SAME, {"attention": "sdpa"}),
         "int8": (IN_8_BITS, {"attention": "int8"}),
         "fp8": (IN_8_BITS, {"attention": "fp8"}),
-        "int8, 2,1 kept, skip 0.01": (IN_8_BITS, {"attention": "int8", "keep_steps": (2, 1), "skip_softmax": 0.01}),
+        "int8, 1,1 kept, skip 0.01": (IN_8_BITS, {"attention": "int8", "keep_steps": (1, 1), "skip_softmax": 0.01}),
     },
     "step cache": {
         "off": (SAME, {"step_cache": "off"}),
@@ -102,12 +103,15 @@ DEFAULTS: Mapping[str, Any] = {
     "task": "t2v-1.3B", "prompt": "a red ball bounces", "negative_prompt": "blurred", "size": (64, 64), "num_frames": 5,
     "num_steps": STEPS, "seed": 0,
 }  # fmt: skip
-# Pairs whose first value has another kind than its own. Presets take no 8 bits on a CPU, high no CFG cache anywhere, and a step
-# cache is not for 8 steps; draft computes no steps but those that are kept; only a picture is encoded before there are latents.
+# Pairs whose first value has another kind than its own. A preset takes no 8 bits on a CPU, and no step cache where one is given
+# or for 8 steps; before there are latents only a picture goes through the VAE.
 BESIDE = {
-    **{("quality high", f"step cache {name}"): SAME for name in OPTIONS["step cache"]},
-    ("quality high", "steps 8"): SAME,
-    ("attention int8, 2,1 kept, skip 0.01", "quality draft"): SAME,
+    **{
+        (f"quality {preset}", beside): SAME
+        for preset, chosen in PRESETS.items()
+        for beside in ("steps 8", *(f"step cache {name}" for name in OPTIONS["step cache"]))
+        if chosen["cfg_cache"] == "off"
+    },
     ("VAE dtype bf16", "task ti2v-5B, image"): ROUNDED,
 }
 # options that presets give way to: what they chose themselves may be the same or not
@@ -452,9 +456,9 @@ INTRODUCTION = f"""\
 Written by `python -m bench.pairs`.
 
 Each pair of values of two options, on models of two layers with random weights, in {STEPS} steps on a CPU; a value alone is on
-the diagonal. What a CPU does not compute in is emulated, and its presets take no 8 bits. Every run is also held against the
-formulas of guidance, caches and solvers in plain PyTorch; an option that makes another video by definition (task, solver,
-guidance, CFG-Zero*, steps) is part of what the other one is compared with.
+the diagonal. Every run is held against the formulas of guidance, caches and solvers in plain PyTorch, and an option against the
+run without it; one that makes another video by definition (task, solver, guidance, CFG-Zero*, steps) is part of both. What a
+CPU does not compute in is emulated; it has one kind of kernels and nothing to offload, and its presets take no 8 bits.
 
 - `=` the same latents to the bit; `~` other rounding; `8` rounding to 8 bits
 - `≈` passes are left out, and computed, reused and reconstructed as the plan says

@@ -225,7 +225,7 @@ def test_order_of_a_visit_to_a_gpu():
         "attention/t2v-14B/L75600-N40-K128/bf16",
         "gemm/t2v-14B-qkvo/32760x5120x5120/bf16",
         "conv3d/vae2.1/96x4x480x832/fp32",
-        "denoise/ti2v-5B/1280x704x121-50-steps/bf16",
+        "quality/ti2v-5B/1280x704x121-50-steps/bf16",
         "kernel/frames_to_uint8/vae2.1-480p-4/fp32",
     ]
     assert [place[name] for name in order] == sorted(place[name] for name in order)

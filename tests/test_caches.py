@@ -151,6 +151,7 @@ def test_files_come_back_as_they_were_written(tmp_path):
     entries = [entry(masks=({"mask": "#" * 12, "psnr": 40.0},)), entry(num_steps=50, magcache=curve(50))]
     write(file, "a model", entries)
     assert [json.loads(json.dumps(e.magcache)) for e in read(file, "a model")] == [e.magcache for e in entries]
+    assert all(e.image is False for e in read(file, "a model"))
     assert [e.num_steps for e in read(file, "a model")] == [12, 50] and len(list(file.parent.iterdir())) == 1
 
 

@@ -333,3 +333,48 @@ def test_interrupt_leaves_nothing_behind(here, when):
     assert process.wait(60) == 130, seen
     assert "interrupted; no half-written file is left" in seen and "Traceback" not in seen
     assert not list(here.iterdir())
+
+
+def test_the_schedule_is_shown_as_text(capsys):
+    words = ["plan", "--task", "ti2v-5B", "--ckpt_dir", "tiny", "--device", "cpu", "--prompt", "a red ball"]
+    assert main([*words, "--step-cache", "##..#.#..#.#", "--cfg-cache", "difference:2,0.5"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("schedule"))
+    assert lines[start] == "schedule    ##..#.#..#.#  conditional (# computed, . reused, ~ reconstructed)"
+    assert lines[start + 1] == "            ##..#.~~~#.#  unconditional"
+    assert lines[start + 2] == "forwards    11 of 24, 2.18 times fewer"
+    assert main([*words, "--cfg-zero", "2", "--step-cache=auto", "--quality", "draft"]) == 0
+    out = capsys.readouterr().out
+    assert "quality     draft: --precision auto, --attention auto, --step-cache auto as given, --cfg-cache" in out
+    assert "step cache  searched (auto)" in out and "schedule    00#" in out and "0 predicts nothing" in out
+
+
+def test_the_schedule_of_two_experts_for_a_card_that_is_not_here(capsys):
+    assert main(["plan", "--task", "t2v-A14B", "--prompt", "a cat", "--on", "h200", "--step-cache", "magcache"]) == 0
+    out = capsys.readouterr().out
+    assert "H" * 26 + "L" * 14 + "  expert (H high noise, L low noise)" in out
+    assert (
+        "time        at least" in out and "NVIDIA H200's peaks: text" in out and "step cache  magcache of threshold 0.06" in out
+    )
+    assert main(["plan", "--task", "t2v-A14B", "--prompt", "a cat", "--on", "h200", "--device", "cpu"]) == 2
+    assert "--on h200 and --device cpu name two devices" in capsys.readouterr().err
+
+
+def test_a_run_says_its_schedule(tmp_path, capsys):
+    words = [
+        "--task",
+        "ti2v-5B",
+        "--ckpt_dir",
+        "tiny",
+        "--device",
+        "cpu",
+        "--prompt",
+        "a red ball",
+        "--quiet",
+        "--size",
+        "64*64",
+    ]
+    words += ["--frame_num", "5", "--sample_steps", "9", "--step-cache", "every:3", "--save_file", str(tmp_path / "ball.mp4")]
+    assert main(["run", *words]) == 0
+    out = capsys.readouterr().out
+    assert "schedule    #..#..#.#  conditional" in out and "forwards    8 of 18" in out

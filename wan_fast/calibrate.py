@@ -309,13 +309,14 @@ class Trials:
         return gains
 
     def best(self, masks: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-        """Of the masks with as many computed steps the best, from the most steps to the fewest."""
-        best: dict[int, str] = {}
-        for mask in dict.fromkeys(mask for own in masks.values() for mask in own):
-            count = mask.count("#")
-            if count not in best or self.run(mask) > self.run(best[count]):
-                best[count] = mask
-        return [{"mask": best[count], "psnr": round(self.run(best[count]), 2)} for count in sorted(best, reverse=True)]
+        """The masks that none with as many computed steps or fewer is better than, from the most steps to the fewest."""
+        best: list[str] = []
+        for mask in sorted(
+            {mask for own in masks.values() for mask in own}, key=lambda mask: (mask.count("#"), -self.run(mask))
+        ):
+            if not best or self.run(mask) > self.run(best[-1]):
+                best.append(mask)
+        return [{"mask": mask, "psnr": round(self.run(mask), 2)} for mask in reversed(best)]
 
     def points(self, todo: Plan, masks: Mapping[str, Sequence[str]]) -> list[Point]:
         """Every mask, and as many passes in fewer steps."""

@@ -102,7 +102,10 @@ def read(file: Path, fingerprint: str) -> list[Calibration]:
 
 def write(file: Path, fingerprint: str, entries: Sequence[Calibration]) -> None:
     """Write them in the place of what is there; whole or not at all."""
-    plain = [{name: value for name in Calibration.__slots__ if (value := getattr(entry, name))} for entry in entries]
+    plain = [
+        {name: value for name in Calibration.__slots__ if (value := getattr(entry, name)) not in (None, (), {})}
+        for entry in entries
+    ]
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}")
     text = json.dumps({"model": fingerprint, "entries": plain}, indent=1)

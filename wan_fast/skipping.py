@@ -266,7 +266,7 @@ def _searched(found: Calibration | None, share: float, num_steps: int, others: S
         raise WanFastError(
             f"--step-cache searched:{share:.0%}: the cheapest mask computes {fewest} of {num_steps} steps; ask for more"
         )
-    return max(fitting, key=lambda mask: mask.count("#"))
+    return max(fitting, key=lambda mask: mask.count("#"))  # fewer are never better
 
 
 def forced(steps: Sequence[Step]) -> list[int]:
