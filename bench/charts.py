@@ -167,7 +167,7 @@ def quality(path: Path, found: Mapping[str, Any]) -> None:
             if points := numbers["curves"].get(name):
                 left.plot(*zip(*points, strict=True), style, color=colour, label=name, markersize=5, linewidth=1)
         right.set_title(f"{steps} steps: error of the velocity at the full run's latents", fontsize=9, loc="left")
-        right.set_xlabel("step; those that are computed have no error", fontsize=8)
+        right.set_xlabel("step; those computed as in the full run have no error", fontsize=8)
         right.set_xlim(-0.5, int(steps) - 0.5)
         _errors(right, numbers["errors"])
         for axis in (left, right):

@@ -372,7 +372,7 @@ def written_out(engine: Engine, todo: Plan) -> Tensor:
                 velocity[branch] = torch.zeros_like(x)
         v, other = velocity["conditional"], velocity.get("unconditional")
         if other is not None:
-            difference = v - other if step.unconditional == "run" else difference
+            difference = v - other if step.conditional == step.unconditional == "run" else difference
             if todo.config.cfg_zero is not None:
                 other = other * (v * other).sum() / (other.square().sum() + 1e-8)
             v = other + step.guidance_scale * (v - other)

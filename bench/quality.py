@@ -263,7 +263,7 @@ class Engines:
         """A preset's choices as if each had been asked for: what cannot be done of them is refused, not left out."""
         given = {name: value for name, value in options.items() if name != "variant"}
         config = EngineConfig(**{**self.base, **given})
-        return settle(config, describe(config.device))[0]
+        return planning.set_up(config).config if config.quality else config
 
     def of(self, options: Mapping[str, Any]) -> Engine:
         """The engine of a row of RUNS."""
@@ -453,15 +453,18 @@ Videos of {what} against those of the full run, {dtype} with nothing left out, o
 - fewer steps: what the same passes do without a cache, in a run of so many steps. Their PSNR is against the same full run, and
   the gain is what the row has above it.
 - velocity error: at every step the row is given the latents that the full run has there, and its velocity after guidance is
-  compared with the full run's, as relative L2 error; the mean over the steps and the largest, of {forced} prompts. What it
-  reuses comes from those latents too, so that a computed step has no error.
+  compared with the full run's, as relative L2 error; the mean over the steps and the largest, of the first {forced}
+  prompts. What it reuses comes from those latents too, so that a step computed as in the full run has no error.
 - latents: after the last step, of the row's own run: cosine, and PSNR over the range of the full run's.
 - by step: what is computed (`#`), reused (`.`), reconstructed (`-`) of the conditional and the unconditional pass; velocity
   error; cosine and PSNR of the latents after the step.
 
 `every:N`, `magcache` and so on are values of `--step-cache`, `difference:N` and so on of `--cfg-cache`; `cfg-zero` is another
-guidance, so its distance is no error. "On" a card is what a preset takes there, its 8 bits emulated in fp32. "Kept" are blocks
-at either end, of 6, that stay in fp32; without that word it is the rule, one at either end.
+guidance, so its distance is no error.
+"""
+ABOUT_8_BITS = """\
+"On" a card is what a preset takes there, its 8 bits emulated in fp32. "Kept" are blocks at either end, of 6, that stay in fp32;
+without that word it is the rule, one at either end.
 """
 
 
@@ -541,7 +544,7 @@ def run(parsed: argparse.Namespace) -> None:
         found = [section(engines, names, requests) for names, requests in work]
     width, height = plain.request.size
     what = f"{'`tiny`' if tiny else parsed.task}, {width}x{height}x{plain.request.num_frames},"
-    about = ABOUT.format(what=what, dtype=plain.dtype, forced=min(FORCED, len(work[0][1])))
+    about = ABOUT.format(what=what, dtype=plain.dtype, forced=min(FORCED, len(work[0][1]))) + ("\n" + ABOUT_8_BITS) * tiny
     folder, pictures = (RESULTS, RESULTS / "charts") if whole else (parsed.out, parsed.out)
     if folder:
         charts.quality(pictures / "quality.png", {str(n): numbers for n, (_, numbers) in zip(steps, found, strict=True)})

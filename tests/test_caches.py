@@ -28,8 +28,8 @@ TINY = dict(task="ti2v-5B", checkpoint="tiny", device="cpu")
         ("magcache:0.12,4", StepCache(kind="magcache", threshold=0.12, max_skips=4)),
         ("magcache:0.12,4,0", StepCache(kind="magcache", threshold=0.12, max_skips=4, retention=0.0)),
         ("magcache:40%,6,0.1", StepCache(kind="magcache", share=0.4, max_skips=6, retention=0.1)),
-        ("every", StepCache(kind="every", every=2)),
-        ("every:5", StepCache(kind="every", every=5)),
+        ("every", StepCache(kind="every", every=2, retention=0.2)),
+        ("every:5,0", StepCache(kind="every", every=5, retention=0.0)),
         ("searched:33.3%", StepCache(kind="searched", share=0.333)),
         ("auto", StepCache(kind="auto")),
         (" ##..#.# ", StepCache(kind="mask", mask="##..#.#")),
@@ -67,7 +67,7 @@ def test_cfg_cache(text, found):
         ("step_cache", "teacache:nan", "from 0 to 1"),
         ("step_cache", "teacache:x", "got 'x'"),
         ("step_cache", "teacache:", None),
-        ("step_cache", "teacache:0.1,2", "magcache takes T,K,R, the others one"),
+        ("step_cache", "teacache:0.1,2", "magcache takes T,K,R, every N,R, the others one"),
         ("step_cache", "teacache:0%", "the share of steps to compute must be a number from 0 to 100"),
         ("step_cache", "teacache:100%", "from 0 to 100"),
         ("step_cache", "magcache:0.1,0", "K, the steps reused in a row, must be a whole number from 1 to 100"),
@@ -75,7 +75,8 @@ def test_cfg_cache(text, found):
         ("step_cache", "magcache:0.1,2,1", "R, the part of all steps computed first, must be a number from 0 to 1"),
         ("step_cache", "magcache:0.1,2,0.2,3", "4 values are too many"),
         ("step_cache", "every:1", "one step in N is computed, must be a whole number from 2 to 100"),
-        ("step_cache", "every:2,3", "values are too many"),
+        ("step_cache", "every:2,3", "R, the part of all steps computed first, must be"),
+        ("step_cache", "every:2,0.1,3", "3 values are too many"),
         ("step_cache", "searched:0.5", "searched takes the share of steps that are computed, as in searched:50%"),
         ("step_cache", ".##", "begin and end with #"),
         ("step_cache", "##.", "begin and end with #"),
@@ -208,6 +209,13 @@ def test_a_preset_takes_what_the_device_computes_fastest(quality, card, precisio
     for name, value in (("precision", precision), ("attention", attention)):
         wanted[name] = value if wanted[name] == "8 bits" else wanted[name]
     assert {name: getattr(config, name) for name in wanted} == wanted
+
+
+def test_a_preset_looks_at_dtype_and_checkpoint():
+    fast = EngineConfig(task="ti2v-5B", quality="fast")
+    assert settle(replace(fast, dtype="fp32"), named("h200"))[0].attention == "auto"
+    assert settle(fast, named("h200"), stored_8bit=True)[0].precision == "auto"
+    assert settle(replace(fast, quality="lossless"), named("h200"), stored_8bit=True)[0].precision == "bf16"
 
 
 def test_what_is_given_beside_a_preset_stays_and_is_said():

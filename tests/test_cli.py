@@ -337,7 +337,7 @@ def test_interrupt_leaves_nothing_behind(here, when):
 
 def test_the_schedule_is_shown_as_text(capsys):
     words = ["plan", "--task", "ti2v-5B", "--ckpt_dir", "tiny", "--device", "cpu", "--prompt", "a red ball"]
-    assert main([*words, "--step-cache", "##..#.#..#.#", "--cfg-cache", "difference:2,0.5"]) == 0
+    assert main([*words, "--step-cache", "##..#.#..#.#", "--cfg-cache", "difference:3,0.5"]) == 0
     lines = capsys.readouterr().out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("schedule"))
     assert lines[start] == "schedule    ##..#.#..#.#  conditional (# computed, . reused, ~ reconstructed)"
@@ -374,7 +374,7 @@ def test_a_run_says_its_schedule(tmp_path, capsys):
         "--size",
         "64*64",
     ]
-    words += ["--frame_num", "5", "--sample_steps", "9", "--step-cache", "every:3", "--save_file", str(tmp_path / "ball.mp4")]
+    words += ["--frame_num", "5", "--sample_steps", "9", "--step-cache", "every:3,0", "--save_file", str(tmp_path / "ball.mp4")]
     assert main(["run", *words]) == 0
     out = capsys.readouterr().out
     assert "schedule    #..#..#.#  conditional" in out and "forwards    8 of 18" in out

@@ -2,11 +2,13 @@
 
 import re
 from dataclasses import fields
+from itertools import combinations
 
 import pytest
+import torch
 
 from bench import RESULTS, pairs
-from bench.pairs import PAIRS, REFUSED, VALUES
+from bench.pairs import OPTIONS, PAIRS, REFUSED, VALUES
 from wan_fast.config import EngineConfig, Request
 
 # what a video is of, where it is made, and what two blocks are too few for
@@ -35,6 +37,12 @@ def test_every_option_is_paired():
 def test_alone(lab, value):
     found = lab.outcome(value)
     assert found.mark != REFUSED and not found.faults
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_values_of_an_option_are_told_apart(lab, option):
+    made = [lab.latents(*lab.settle(value)) for value in VALUES if value.option == option]
+    assert not any(torch.equal(one, other) for one, other in combinations(made, 2))
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: " x ".join(map(str, pair)))

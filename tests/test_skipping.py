@@ -82,10 +82,10 @@ def test_magcache_is_the_published_one(row):
     found = rules(StepCache.parse(f"magcache:{threshold},{max_skips},{retention}"), steps, data)
     wanted = [conditional, *(unconditional or [conditional])]
     # theirs forces the first step alone
-    assert [computed_mask(found[branch], steps, [0]) for branch in BRANCHES] == wanted
-    # ours the last one too, and no other: in these, experts begin with computed steps
+    assert [computed_mask([found[branch]], steps, [0]) for branch in BRANCHES] == wanted
+    # ours the last one too, and reuses both passes or none; in these, experts begin with computed steps
     ours = with_caches(steps, rules(StepCache.parse(f"magcache:{threshold},{max_skips},{retention}"), steps, data), None)
-    assert [letters(ours, branch) for branch in BRANCHES] == [mask[:-1] + "#" for mask in wanted]
+    assert [letters(ours, branch) for branch in BRANCHES] == [wanted[0][:-1] + "#"] * 2
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,8 @@ def test_magcache_is_the_published_one(row):
         ("t2v-1.3B", 50, "magcache", 50), ("t2v-14B", 50, "magcache", 50), ("t2v-14B", 50, "magcache:0.24,6", 36),
         ("ti2v-5B", 50, "magcache", 52), ("t2v-A14B", 40, "magcache", 52), ("ti2v-5B", 30, "magcache", 32),
         ("ti2v-5B", 50, "magcache:40%", 40), ("ti2v-5B", 50, "magcache:80%", 80), ("t2v-A14B", 40, "magcache:50%", 40),
-        ("ti2v-5B", 50, "every:2", 52), ("ti2v-5B", 51, "every:2", 52), ("t2v-A14B", 40, "every:4", 24),
+        ("ti2v-5B", 50, "every:2,0", 52), ("ti2v-5B", 51, "every:2,0", 52), ("t2v-A14B", 40, "every:4,0", 24),
+        ("ti2v-5B", 50, "every:2", 60),
     ],
 )  # fmt: skip
 def test_forwards(task, num_steps, flag, forwards):
@@ -107,7 +108,7 @@ def test_a_share_is_reached_with_the_fewest_in_a_row():
     _, shift, data = known("t2v-14B", 50)
     steps = steps_of("t2v-14B", 50, shift)
     for share in (90, 70, 50, 45, 40, 35, 30):
-        mask = computed_mask(rules(StepCache.parse(f"magcache:{share}%"), steps, data)["conditional"], steps)
+        mask = computed_mask(rules(StepCache.parse(f"magcache:{share}%"), steps, data).values(), steps)
         assert mask.count("#") <= share / 2 and mask.count("#") >= share / 2 - 3, mask
         longest = max(map(len, mask.replace("#", " ").split()))
         assert longest <= next(k for k, lowest in ((2, 50), (3, 43), (4, 40), (6, 34), (9, 0)) if share >= lowest), (
@@ -171,7 +172,7 @@ def test_teacache_decides_as_the_loop_would(signal, num_steps, shift):
             wanted = online(model, steps, coefficients, threshold, signal)
             # the published projection variant lets the last step be reused
             always = [0] if signal == "projection" else None
-            assert computed_mask(rule, steps, always) == wanted
+            assert computed_mask([rule], steps, always) == wanted
             seen.add(wanted)
     assert len(seen) > 3, "the thresholds make no difference"
 
@@ -192,7 +193,7 @@ def test_teacache_has_its_own_signal_per_expert(tmp_path):
     swapped = {"high_noise": opened.experts["low_noise"], "low_noise": opened.experts["high_noise"]}
     assert time_distances("embedding", swapped, steps)[1] != distances[1]
     rule = skipping.teacache("embedding", [0.1] * 20, {"high_noise": [1.0, 0.0], "low_noise": [5.0, 0.0]}, steps, 0.25)
-    assert computed_mask(rule, steps) == ("#..#..#..#..#..#..#..#"[:switch] + "#" * (20 - switch))
+    assert computed_mask([rule], steps) == ("#..#..#..#..#..#..#..#"[:switch] + "#" * (20 - switch))
 
 
 # --- all rules ------------------------------------------------------------------------------------------------------------
@@ -231,10 +232,18 @@ def test_what_holds_for_every_plan(task, num_steps, zero, cfg, mask, guidance):
             difference = step.index
         if step.unconditional == "reconstruct":
             assert cfg and difference is not None and step.index >= cfg[2] * num_steps
-        if step.conditional == step.unconditional == "reuse" and cfg and step.index >= cfg[2] * num_steps:
+        if step.conditional == step.unconditional == "reuse":
             assert residual["conditional"] == residual["unconditional"]
     assert made[-1].conditional == "run" and made[zero].conditional == "run"
     assert made[-1].unconditional in ("run", "none", "reconstruct" if cfg and cfg[0] == "gate" else "run")
+
+
+def test_both_passes_are_reused_or_none():
+    """Where rules of the branches disagree the step is computed, and both begin anew."""
+    steps = steps_of("t2v-14B", 8)
+    rule = {"conditional": Mask("##.#..##"), "unconditional": Mask("##..#.##")}
+    made = with_caches(steps, rule, None)
+    assert letters(made, "conditional") == letters(made, "unconditional") == "##.##.##"
 
 
 def test_forced_steps():
@@ -259,11 +268,13 @@ def test_the_unconditional_pass_is_reconstructed_between_computed_ones(flag, unc
 @pytest.mark.parametrize(
     ("mask", "flag", "unconditional"),
     [
-        # every other computed conditional pass; where both residuals are of one step, both are reused
-        ("##..#..#..##", "difference:2,0", "#~~~#..~~~##"),
-        ("##..#..#..##", "difference:2,0.5", "##..#..~~~##"),
+        # a difference serves N steps; where both residuals are of one step, both are reused
+        ("##..#..#..##", "difference:2,0", "#~~~#..#..##"),
+        ("##..#..#..##", "difference:4,0", "#~~~#..~~~##"),
+        ("##..#..#..##", "difference:4,0.5", "##..#..~~~##"),
         ("##..#..#..##", "gate:0.5", "##..#..~~~~~"),
-        ("#.#.#.#.#.##", "difference:2,0", "#.~~#.~~#.~#"),
+        ("#.#.#.#.#.##", "difference:3,0", "#.~~#.~~#.~#"),
+        ("#####.#.####", "difference:2,0", "#~#~#.#.#~##"),
     ],
 )
 def test_both_caches_together(mask, flag, unconditional):
@@ -281,8 +292,8 @@ def test_counters_stand_still_while_a_branch_is_reconstructed():
             began.append(index_of[len(began)])
 
     asked, began, index_of = [], [], range(12)
-    rule = {"conditional": Mask("##..#..#..##"), "unconditional": Counting("#" * 12)}
-    made = with_caches(steps_of("t2v-14B", 12), rule, CfgCache.parse("difference:2,0"))
+    rule = {"conditional": Mask("##..#..#..##"), "unconditional": Counting("." * 12)}
+    made = with_caches(steps_of("t2v-14B", 12), rule, CfgCache.parse("difference:3,0.2"))
     computed = [step.index for step in made if step.unconditional == "run"]
     assert not {step.index for step in made if step.unconditional == "reconstruct"} & set(asked)
     assert len(began) == len(computed), "the counters begin anew with every computed pass, and only then"
@@ -290,7 +301,7 @@ def test_counters_stand_still_while_a_branch_is_reconstructed():
 
 def test_zero_steps_cost_nothing_and_the_first_after_them_is_computed():
     made = masked(steps_of("t2v-14B", 12), "#..#..#..#.#", zero=2, cfg=CfgCache.parse("difference:2,0"))
-    assert letters(made, "conditional") == "00##..#..#.#" and letters(made, "unconditional") == "00#~~~#..~~#"
+    assert letters(made, "conditional") == "00##..#..#.#" and letters(made, "unconditional") == "00#~~~#..#.#"
 
 
 def test_the_frequency_form_weighs_bands_by_timestep():

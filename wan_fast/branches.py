@@ -56,7 +56,7 @@ class Branches:
             unconditional = self.reconstructed(conditional, *step.difference)
         else:
             unconditional = self.predicted(step, latents, "unconditional", step.unconditional)
-            if self.reconstructs and step.unconditional == "run":
+            if self.reconstructs and step.conditional == step.unconditional == "run":
                 self.keep_difference(conditional, unconditional)
         if self.zero_star:
             unconditional = unconditional * nearest_scale(conditional, unconditional)

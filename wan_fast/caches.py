@@ -17,9 +17,9 @@ class StepCache:
     """Which steps take the block stack's result from the step before.
 
     kind: of STEP_CACHES, or "mask"; "auto" is searched where there is one, else magcache, else teacache. threshold: of teacache
-    and magcache; None is the calibration's. share: in its place, the part of the steps that may be computed. max_skips,
-    retention: of magcache, steps reused in a row and the part of all steps at the start that is computed; None is the
-    calibration's. every: one computed step in so many. mask: # and . by step.
+    and magcache; None is the calibration's. share: in its place, the part of the steps that may be computed. max_skips: of
+    magcache, steps reused in a row; None is the calibration's. retention: of magcache and every, the part of all steps at the
+    start that is computed; None is the calibration's, or 0.2. every: one computed step in so many. mask: # and . by step.
     """
 
     kind: str
@@ -48,16 +48,24 @@ class StepCache:
             return cls(kind="mask", mask=text.strip())
         if kind not in STEP_CACHES:
             close = get_close_matches(kind, ("off", *STEP_CACHES), 1)
-            ways = "off, auto:P%, teacache:T, teacache-ret:T, magcache:T,K,R, every:N, searched:P%, or a mask like ##..##"
+            ways = "off, auto:P%, teacache:T, teacache-ret:T, magcache:T,K,R, every:N,R, searched:P%, or a mask like ##..##"
             raise WanFastError(
                 f"--step-cache {text!r} is unknown; " + (f"did you mean {close[0]}?" if close else f"take {ways}")
             )
         flag = f"--step-cache {text}"
         first, *others = rest.split(",") if colon else [""]
-        if len(others) > (2 if kind == "magcache" else 0):
-            raise WanFastError(f"{flag}: {len(others) + 1} values are too many; magcache takes T,K,R, the others one")
+        if len(others) > {"magcache": 2, "every": 1}.get(kind, 0):
+            raise WanFastError(
+                f"{flag}: {len(others) + 1} values are too many; magcache takes T,K,R, every N,R, the others one"
+            )
+        R = (
+            _number(flag, others[-1], "R, the part of all steps computed first,", -1e-9, 1)
+            if others[kind == "magcache" :]
+            else None
+        )
         if kind == "every":
-            return cls(kind=kind, every=_whole(flag, first or "2", "N, one step in N is computed,", 2, 100))
+            every = _whole(flag, first or "2", "N, one step in N is computed,", 2, 100)
+            return cls(kind=kind, every=every, retention=0.2 if R is None else R)
         threshold = share = None
         if first.endswith("%"):
             share = _number(flag, first[:-1], "the share of steps to compute", 0, 100) / 100
@@ -70,7 +78,7 @@ class StepCache:
             threshold=threshold,
             share=share,
             max_skips=_whole(flag, others[0], "K, the steps reused in a row,", 1, 100) if others else None,
-            retention=_number(flag, others[1], "R, the part of all steps computed first,", -1e-9, 1) if others[1:] else None,
+            retention=R,
         )
 
 
@@ -78,7 +86,7 @@ class StepCache:
 class CfgCache:
     """Where the unconditional pass is reconstructed from the conditional one and the last difference of the two.
 
-    kind: of CFG_CACHES. every: it is computed at one in so many computed conditional steps; 0: never again (gate). start: the
+    kind: of CFG_CACHES. every: steps that a difference serves, that of its own included; 0: all that follow (gate). start: the
     part of all steps before which nothing is reconstructed.
     """
 
@@ -110,7 +118,7 @@ class CfgCache:
             return cls(
                 kind=kind, every=0, start=_number(flag, values[0] if values else "0.5", "the part of steps before it", 0, 1)
             )
-        every = _whole(flag, values[0] if values else "2", "N, one pass in N is computed,", 2, 100)
+        every = _whole(flag, values[0] if values else "2", "N, the steps that a difference serves,", 2, 100)
         start = _number(flag, values[1], "the part of steps before it", -1e-9, 1) if len(values) > 1 else 0.3
         return cls(kind=kind, every=every, start=start)
 

@@ -272,10 +272,10 @@ def by_rule(todo: Plan, known: Known, shares: Sequence[float]) -> dict[str, list
     for kind, own in masks.items():
         for share in shares:
             try:
-                rule = skipping.rules(StepCache(kind=kind, share=share), todo.steps, known)["conditional"]
+                rules = skipping.rules(StepCache(kind=kind, share=share), todo.steps, known)
             except WanFastError:
                 continue
-            own.append(skipping.computed_mask(rule, todo.steps))
+            own.append(skipping.computed_mask(rules.values(), todo.steps))
     return masks
 
 

@@ -143,15 +143,16 @@ class EngineConfig:
     step_cache: str | None = option(
         None,
         "steps that reuse what the blocks added the step before: off, auto[:P%], teacache[:T], teacache-ret[:T], "
-        "magcache[:T[,K[,R]]], every[:N], searched[:P%], or a quoted mask, '#' for a computed step and '.' for a reused one; T "
-        "is a threshold, or P%, the share of steps to compute; default off",
+        "magcache[:T[,K[,R]]], every[:N[,R]], searched[:P%], or a quoted mask, '#' for a computed step and '.' for a reused "
+        "one; T is a threshold, or P%, the share of steps to compute; default off",
         "--step-cache",
         unit="CACHE",
     )
     cfg_cache: str | None = option(
         None,
         "unconditional passes that are reconstructed from the conditional ones: off, difference[:N[,START]], "
-        "frequency[:N[,START]], gate[:START]; one in N is computed, all are before START, a part of the steps; default off",
+        "frequency[:N[,START]], gate[:START]; a difference of the two serves N steps; all are computed before START, a part of "
+        "the steps; default off",
         "--cfg-cache",
         unit="CACHE",
     )

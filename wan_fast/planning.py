@@ -174,7 +174,8 @@ def set_up(config: EngineConfig, device: Device | None = None) -> Setup:
     if opened:
         checkpoints.check(opened, config.spec)
     device = device or describe(config.device)
-    config, quality, preset = settle(config, device)
+    stored = opened is not None and any(part.stored_8bit for part in opened.experts.values())
+    config, quality, preset = settle(config, device, stored)
     dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
     vae_dtype = config.vae_dtype if config.vae_dtype != "auto" else "fp32" if device.type == "cpu" else dtype
     # last: on a GPU it has to import torch

@@ -15,25 +15,26 @@ from wan_fast.device import Device
 # what each takes; precision and attention "8 bits" are what the device computes fastest
 PRESETS: Mapping[str, Mapping[str, str]] = {
     "lossless": {"precision": "bf16", "attention": "auto", "step_cache": "off", "cfg_cache": "off"},
-    "high": {"precision": "bf16", "attention": "8 bits", "step_cache": "magcache:65%", "cfg_cache": "off"},
-    "fast": {"precision": "8 bits", "attention": "8 bits", "step_cache": "magcache:50%", "cfg_cache": "difference:2"},
-    "draft": {"precision": "8 bits", "attention": "8 bits", "step_cache": "magcache:35%", "cfg_cache": "difference:3"},
+    "high": {"precision": "auto", "attention": "8 bits", "step_cache": "auto:65%", "cfg_cache": "off"},
+    "fast": {"precision": "8 bits", "attention": "8 bits", "step_cache": "auto:42%", "cfg_cache": "off"},
+    "draft": {"precision": "8 bits", "attention": "8 bits", "step_cache": "auto:35%", "cfg_cache": "difference:2"},
 }
 UNSET = {"precision": "auto", "attention": "auto", "step_cache": None, "cfg_cache": None}
 _FLAGS = {"precision": "--precision", "attention": "--attention", "step_cache": "--step-cache", "cfg_cache": "--cfg-cache"}
 
 
-def settle(config: EngineConfig, device: Device) -> tuple[EngineConfig, str, frozenset[str]]:
+def settle(config: EngineConfig, device: Device, stored_8bit: bool = False) -> tuple[EngineConfig, str, frozenset[str]]:
     """The configuration with its preset's choices, in words what they are, and the names of the fields that they filled.
 
-    What was given explicitly stays.
+    What was given explicitly stays. `stored_8bit`: the checkpoint has linears in 8 bits, which are then computed as they are.
     """
     if config.quality is None:
         return config, "", frozenset()
     chosen: dict[str, Any] = {}
     said = []
     for name, value in PRESETS[config.quality].items():
-        value = _on(device, name, value) if value == "8 bits" else value
+        if value == "8 bits":
+            value = "auto" if name == "precision" and stored_8bit else _in_8_bits(name, config, device)
         given = getattr(config, name)
         if given != UNSET[name]:
             said.append(f"{_FLAGS[name]} {given} as given")
@@ -43,11 +44,11 @@ def settle(config: EngineConfig, device: Device) -> tuple[EngineConfig, str, fro
     return replace(config, quality=None, **chosen), f"{config.quality}: {', '.join(said)}", frozenset(chosen)
 
 
-def _on(device: Device, name: str, value: str) -> str:
-    """8 bits in the format for a device; a CPU, and a GPU before 8.0, computes as it does by itself."""
+def _in_8_bits(name: str, config: EngineConfig, device: Device) -> str:
+    """The format for a device; a CPU, and a GPU before 8.0, computes as it does by itself, as attention does in fp32."""
     if device.capability is None or device.capability < (8, 0):
         return "auto"
     if name == "attention":
-        return "int8"
+        return "int8" if config.dtype != "fp32" else "auto"
     # cards for games multiply int8 twice as fast as FP8
     return "fp8" if device.capability >= (8, 9) and "GeForce" not in device.model else "int8"

@@ -179,7 +179,9 @@ def rules(cache: StepCache, steps: Sequence[Step], known: Known) -> dict[str, Ru
         _check_mask(cache.mask, steps)
         return {branch: Mask(cache.mask) for branch in BRANCHES}
     if cache.kind == "every":
-        return {branch: Mask(("#" + "." * (cache.every - 1)) * len(steps)) for branch in BRANCHES}
+        first = max(0, round((cache.retention or 0) * len(steps)) - 1)
+        mask = "#" * first + ("#" + "." * (cache.every - 1)) * len(steps)
+        return {branch: Mask(mask) for branch in BRANCHES}
     found = known.calibration
     if cache.kind == "searched":
         mask = _searched(found, cache.share if cache.share is not None else 0.5, len(steps), known.others)
@@ -231,7 +233,7 @@ def _by_share(cache: StepCache, steps: Sequence[Step], known: Known) -> dict[str
         for number in range(81):
             threshold = 1e-4 * 10 ** (number / 20)  # to 1
             made = replace(cache, share=None, threshold=threshold, max_skips=max_skips)
-            count = computed_mask(rules(made, steps, known)["conditional"], steps).count("#")
+            count = computed_mask(rules(made, steps, known).values(), steps).count("#")
             fewest = min(fewest, count)
             if count <= most:
                 return rules(made, steps, known)
@@ -274,16 +276,10 @@ def forced(steps: Sequence[Step]) -> list[int]:
     return [i for i, step in enumerate(steps) if i in (0, len(steps) - 1) or step.expert != steps[i - 1].expert]
 
 
-def computed_mask(rule: Rule, steps: Sequence[Step], also: Iterable[int] | None = None) -> str:
-    """What a rule computes of one branch on its own; `also`: what is forced, the default `forced(steps)`."""
-    always, mask = set(forced(steps) if also is None else also), ""
-    for i in range(len(steps)):
-        if i not in always and rule.reuse(i):
-            mask += "."
-        else:
-            rule.computed()
-            mask += "#"
-    return mask
+def computed_mask(of: Iterable[Rule], steps: Sequence[Step], also: Iterable[int] | None = None) -> str:
+    """What rules compute together, at each step all branches or none; `also`: what is forced, the default `forced(steps)`."""
+    always, of = set(forced(steps) if also is None else also), list(of)
+    return "".join(".#"[_decided(of, i, i in always) == "run"] for i in range(len(steps)))
 
 
 def without_guidance(steps: Sequence[Step]) -> tuple[Step, ...]:
@@ -296,11 +292,14 @@ def with_caches(
 ) -> tuple[Step, ...]:
     """The plan with what need not be computed left out.
 
-    The first `zero` steps predict nothing (CFG-Zero*). A conditional pass follows its rule, and the unconditional one its own,
-    up to the start of the CFG cache. From there on the unconditional pass is computed at every Nth computed conditional one, at
-    the first step of an expert and, where it is computed at all, at the last step. It is reconstructed at the other computed
-    conditional passes; where the conditional pass is reused, both are if their residuals are of the same step, else it is
-    reconstructed. While it is reconstructed the counters of its rule stand still, and they begin anew as it is computed.
+    The first `zero` steps predict nothing (CFG-Zero*). Both passes of a step are reused where the rules of both allow it:
+    guidance would multiply what residuals of different steps differ by.
+
+    From the start of the CFG cache on the conditional pass follows its own rule. Where it is computed, the unconditional pass is
+    reconstructed if the last difference is of fewer than N steps before, and else computed, as it is at the first step of an
+    expert and, but for a gate, at the last of all. Where the conditional pass is reused, both are if their residuals are of
+    the same step, else the unconditional one is reconstructed. While that is reconstructed the counters of its rule stand
+    still, and they begin anew as it is computed.
 
     Args:
         steps: the plan, all of it computed but for `without_guidance`.
@@ -310,42 +309,43 @@ def with_caches(
     """
     always = {max(i, zero) for i in forced(steps)}
     firsts = {i for i in always if i == zero or steps[i].expert != steps[i - 1].expert}
-    rule_of: Mapping[str, Rule | None] = by_branch or dict.fromkeys(BRANCHES)
+    rules_of = [by_branch[branch] for branch in BRANCHES] if by_branch else []
     rows: list[Step] = []
     twins = False  # the residuals of both branches are of the same step
-    since = 0  # computed conditional passes since an unconditional one was
+    source = 0  # the step that the difference is of
     for i, step in enumerate(steps):
         guided, last = step.unconditional != "none", i == len(steps) - 1
         if i < zero:
             rows.append(replace(step, conditional="zero", unconditional="zero" if guided else "none"))
             continue
-        conditional = _decided(rule_of["conditional"], i, i in always)
-        since += conditional == "run"
+        caching = cfg is not None and guided and i >= cfg.start * len(steps) and i not in firsts and not (last and cfg.every)
+        together = guided and not caching
+        conditional = _decided(rules_of if together else rules_of[:1], i, i in always)
         if not guided:
             unconditional = "none"
-        elif not cfg or i < cfg.start * len(steps) or i in firsts or (last and cfg.every):
-            unconditional = _decided(rule_of["unconditional"], i, i in always)
+        elif not cfg or not caching:
+            unconditional = conditional
         elif conditional == "reuse":
             unconditional = "reuse" if twins else "reconstruct"
-        elif cfg.every and since >= cfg.every:
-            unconditional = _decided(rule_of["unconditional"], i, True)
         else:
-            unconditional = "reconstruct"
+            unconditional = "run" if cfg.every and i - source >= cfg.every else "reconstruct"
+            if unconditional == "run":
+                _decided(rules_of[1:], i, True)
+        if conditional == "run":
+            twins = unconditional == "run"
         if unconditional == "run":
-            since = 0
-        if "run" in (conditional, unconditional):
-            twins = conditional == unconditional
+            source = i
         weights = _weights(cfg, step) if unconditional == "reconstruct" else (1.0, 1.0)
         rows.append(replace(step, conditional=conditional, unconditional=unconditional, difference=weights))
     return tuple(rows)
 
 
-def _decided(rule: Rule | None, index: int, must: bool) -> str:
-    if rule is None:
-        return "run"
-    if not must and rule.reuse(index):
+def _decided(of: Sequence[Rule], index: int, must: bool) -> str:
+    """ "reuse" where all rules allow it."""
+    if of and not must and all([rule.reuse(index) for rule in of]):
         return "reuse"
-    rule.computed()
+    for rule in of:
+        rule.computed()
     return "run"
 
 
