@@ -68,16 +68,18 @@ def on_card(preset: Any, card: str) -> dict[str, Any]:
 
 STEP_CACHES = (
     *(f"magcache:{limit}" for limit in ("80%", "65%", "50%", "35%", 0.06, 0.12, 0.24)),
-    *(f"teacache:{limit}" for limit in ("80%", "65%", "50%", "35%", 0.1, 0.2, 0.4)),
+    *(f"teacache:{limit}" for limit in ("80%", "65%", "50%", "45%", "35%", 0.1, 0.2, 0.4)),
     *(f"teacache-ret:{limit}" for limit in (0.1, 0.2, 0.4)),
     *(f"every:{number}" for number in (2, 3, 4)),
-    *(f"searched:{share}" for share in ("80%", "65%", "50%", "35%")),
+    *(f"searched:{share}" for share in ("80%", "65%", "50%", "45%", "35%")),
 )
-CFG_CACHES = ("difference:2", "difference:3", "frequency:2", "gate:0.5")
+CFG_CACHES = ("difference:2", "difference:3", "difference:5", "frequency:2", "frequency:5", "gate:0.5", "gate:0.8")
 BOTH = (
-    ("every:2", "difference:2"),
-    ("magcache:50%", "frequency:2"),
-    ("searched:50%", "difference:2"),
+    ("teacache:50%", "difference:5"),
+    ("searched:50%", "difference:5"),
+    ("searched:45%", "frequency:5"),
+    ("searched:45%", "gate:0.8"),
+    ("searched:45%", "gate:0.9"),
 )
 # what is compared: name -> options of EngineConfig
 CACHED: dict[str, dict[str, Any]] = {

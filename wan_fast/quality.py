@@ -17,7 +17,7 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
     "lossless": {"precision": "bf16", "attention": "auto", "step_cache": "off", "cfg_cache": "off"},
     "high": {"precision": "auto", "attention": "8 bits", "step_cache": "auto:65%", "cfg_cache": "off"},
     "fast": {"precision": "8 bits", "attention": "8 bits", "step_cache": "auto:42%", "cfg_cache": "off"},
-    "draft": {"precision": "8 bits", "attention": "8 bits", "step_cache": "auto:35%", "cfg_cache": "difference:2"},
+    "draft": {"precision": "8 bits", "attention": "8 bits", "step_cache": "auto:30%", "cfg_cache": "off"},
 }
 UNSET = {"precision": "auto", "attention": "auto", "step_cache": None, "cfg_cache": None}
 _FLAGS = {"precision": "--precision", "attention": "--attention", "step_cache": "--step-cache", "cfg_cache": "--cfg-cache"}

@@ -295,9 +295,9 @@ def with_caches(
     The first `zero` steps predict nothing (CFG-Zero*). Both passes of a step are reused where the rules of both allow it:
     guidance would multiply what residuals of different steps differ by.
 
-    From the start of the CFG cache on the conditional pass follows its own rule. Where it is computed, the unconditional pass is
-    reconstructed if the last difference is of fewer than N steps before, and else computed, as it is at the first step of an
-    expert and, but for a gate, at the last of all. Where the conditional pass is reused, both are if their residuals are of
+    From the start of the CFG cache on the conditional pass follows its own rule. Where it is computed, the unconditional pass
+    is reconstructed if the last difference is of fewer than N steps before, and else computed, as it is at the first step of
+    an expert and, but for a gate, at the last of all. Where the conditional pass is reused, both are if their residuals are of
     the same step, else the unconditional one is reconstructed. While that is reconstructed the counters of its rule stand
     still, and they begin anew as it is computed.
 
