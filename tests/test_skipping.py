@@ -117,6 +117,17 @@ def test_a_share_is_reached_with_the_fewest_in_a_row():
         )
 
 
+def test_a_share_of_a14b_is_reached_with_less_computed_at_first():
+    """Its curve comes with 0.4 of the steps at first, which leaves no 42 %."""
+    todo = plan(EngineConfig(task="t2v-A14B", step_cache="magcache:42%"), Request(prompt="a cat"), on="b200")
+    mask = letters(todo.steps, "conditional")
+    assert mask.count("#") <= 16 and mask.startswith("#####.") and mask[26:29] == "###"
+    wide = plan(EngineConfig(task="t2v-A14B", step_cache="magcache:65%"), Request(prompt="a cat"), on="b200")
+    assert letters(wide.steps, "conditional").startswith("#" * 10 + ".")
+    with pytest.raises(WanFastError, match="at the fewest"):
+        plan(EngineConfig(task="t2v-A14B", step_cache="magcache:42%,9,0.4"), Request(prompt="a cat"), on="b200")
+
+
 def test_a_share_out_of_reach_is_refused():
     _, shift, data = known("t2v-14B", 50)
     with pytest.raises(WanFastError, match=r"magcache:10% is 5 of 50 steps, and it computes \d+ at the fewest"):
