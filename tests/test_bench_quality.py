@@ -228,7 +228,7 @@ def test_the_command_measures_and_writes(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert printed.strip() in page
     rows = {cells[1]: cells for text in page.splitlines() if len(cells := [cell.strip() for cell in text.split("|")]) == 14}
-    assert rows["every:2"][2] == "10, 1.8x fewer" and rows["every:2"][6] == "5"
+    assert rows["every:2"][2] == "12, 1.5x fewer" and rows["every:2"][6] == "6"
     gain = float(rows["every:2"][3]) - float(rows["every:2"][7])
     assert float(rows["every:2"][8]) == pytest.approx(gain, abs=0.11)
     assert rows["bf16"][2] == "18" and rows["bf16"][6:9] == ["", "", ""] and float(rows["bf16"][9]) > 0

@@ -188,10 +188,17 @@ def test_teacache_decides_as_the_loop_would(signal, num_steps, shift):
     assert len(seen) > 3, "the thresholds make no difference"
 
 
-@pytest.mark.parametrize(("flag", "forwards"), [("teacache:0.4", 14), ("teacache:50%", 12), ("teacache-ret:60%", 14)])
-def test_forwards_of_tiny(flag, forwards):
-    todo = plan(EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", step_cache=flag), Request(prompt="a red ball"))
-    assert todo.forwards == forwards
+@pytest.mark.parametrize(
+    ("flag", "num_steps", "shift", "forwards"),
+    [
+        ("teacache:0.4", 12, 5.0, 14), ("teacache:50%", 12, 5.0, 12), ("teacache-ret:60%", 12, 5.0, 14),
+        ("teacache:0.4", 12, 9.0, 14), ("teacache", 50, 5.0, 50), ("teacache:0.2", 50, 5.0, 24),
+        ("teacache-ret:0.2", 50, 5.0, 30), ("teacache:0.2", 50, 1.0, 28),
+    ],
+)  # fmt: skip
+def test_forwards_of_tiny(flag, num_steps, shift, forwards):
+    config = EngineConfig(task="ti2v-5B", checkpoint="tiny", device="cpu", step_cache=flag)
+    assert plan(config, Request(prompt="a red ball", num_steps=num_steps, shift=shift)).forwards == forwards
 
 
 def test_teacache_has_its_own_signal_per_expert(tmp_path):

@@ -423,9 +423,8 @@ def _place(checkpoint: Path) -> Path:
 
 def _same_run(a: Calibration, b: Calibration) -> bool:
     """Whether one takes the place of the other."""
-    return all(getattr(a, name) == getattr(b, name) for name in ("num_steps", "shift", "num_frames", "image", "lora")) and list(
-        a.size or ()
-    ) == list(b.size or ())
+    what = ("num_steps", "shift", "num_frames", "image")
+    return [getattr(a, name) for name in what] + [*(a.size or ())] == [getattr(b, name) for name in what] + [*(b.size or ())]
 
 
 def _dims(todo: Plan) -> manifest.DiTDims:

@@ -45,7 +45,6 @@ class Calibration:
     image: bool | None = None
     guidance_scale: Sequence[float] | None = None
     prompts: int | None = None
-    lora: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
