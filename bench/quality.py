@@ -42,13 +42,14 @@ from bench.quality_8bit import (  # noqa: F401, some are for those who import th
 from wan_fast import engine as engines
 from wan_fast import planning, sampler
 from wan_fast.attention import Attention8bit, of_projection
+from wan_fast.calibrate import guided
 from wan_fast.config import EngineConfig, Request, WanFastError, parse_size
 from wan_fast.device import describe, named
 from wan_fast.engine import Engine
 from wan_fast.flags import Parser
 from wan_fast.quality import PRESETS, settle
 from wan_fast.sampler import Advance, Velocities
-from wan_fast.steps import Step
+from wan_fast.steps import LETTERS, Step
 
 COLOURS = ("red", "orange", "yellow", "green", "blue")
 THINGS = ("circle on white moves left", "square on grey rotates", "triangle on black bounces", "star on sky grows")
@@ -114,7 +115,6 @@ IN_8_BITS: dict[str, dict[str, Any]] = {
 RUNS = {**CACHED, **ON_CARD, **IN_8_BITS}
 # those whose steps are shown one by one
 SHOWN = ("magcache:50%", "teacache:50%", "searched:50%", "difference:2", "fast")
-MARKS = {"run": "#", "reuse": ".", "reconstruct": "-", "zero": "0", "none": " "}
 
 
 # --- measures ---------------------------------------------------------------------------------------------------------
@@ -154,11 +154,6 @@ def relative(x: Tensor, reference: Tensor) -> float:
 def cosine(x: Tensor, reference: Tensor) -> float:
     """Of the angle between two tensors of one shape."""
     return F.cosine_similarity(x.double().flatten(), reference.double().flatten(), dim=0).item()
-
-
-def guided(step: Step, conditional: Tensor, unconditional: Tensor | None) -> Tensor:
-    """[C, T, H, W] the velocity that the solver takes."""
-    return conditional if unconditional is None else unconditional + step.guidance_scale * (conditional - unconditional)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -361,7 +356,7 @@ def by_step(rows: Mapping[str, Row]) -> list[str]:
     lines = ["| step | " + " | ".join(rows) + " |", "| --- |" + " --- |" * len(rows)]
     for i in range(len(next(iter(rows.values())).steps)):
         cells = [
-            f"`{MARKS[row.steps[i].conditional]}{MARKS[row.steps[i].unconditional]}` {row.errors[i]:.4f}, "
+            f"`{LETTERS[row.steps[i].conditional]}{LETTERS[row.steps[i].unconditional]}` {row.errors[i]:.4f}, "
             f"{row.cosines[i]:.5f}, {_db(row.latents[i])}"
             for row in rows.values()
         ]
@@ -461,7 +456,7 @@ Videos of {what} against those of the full run, {dtype} with nothing left out, o
   compared with the full run's, as relative L2 error; the mean over the steps and the largest, of the first {forced}
   prompts. What it reuses comes from those latents too, so that a step computed as in the full run has no error.
 - latents: after the last step, of the row's own run: cosine, and PSNR over the range of the full run's.
-- by step: what is computed (`#`), reused (`.`), reconstructed (`-`) of the conditional and the unconditional pass; velocity
+- by step: what is computed (`#`), reused (`.`), reconstructed (`~`) of the conditional and the unconditional pass; velocity
   error; cosine and PSNR of the latents after the step.
 
 `every:N`, `magcache` and so on are values of `--step-cache`, `difference:N` and so on of `--cfg-cache`; `cfg-zero` is another

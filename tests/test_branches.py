@@ -218,9 +218,30 @@ def test_the_loop_with_caches_reads_nothing_back(cfg, monkeypatch):
     import wan_fast.engine as module
     from wan_fast.sampler import denoise
 
+    entered = []
+
     def guarded(*args, **kwargs):
+        entered.append(1)
         with no_reading_back(monkeypatch):
             return denoise(*args, **kwargs)
 
     monkeypatch.setattr(module, "denoise", guarded)
     latents(step_cache="every:2,0", cfg_cache=cfg, cfg_zero=1)
+    assert entered
+
+
+@pytest.mark.parametrize("caches", [{"step_cache": "#.#.#.#.#.#.##"[:11] + "#"}, {"cfg_cache": "gate:0.3", "cfg_zero": 2}])
+def test_offload_changes_nothing_with_caches(caches, tmp_path):
+    """The experts' moves are carried out, though to where they are."""
+    from models import write_native
+
+    folder = write_native(tmp_path, "t2v-A14B")
+    engine = Engine(EngineConfig(task="t2v-A14B", checkpoint=str(folder), device="cpu", **caches))
+    request = replace(REQUEST, num_steps=12, shift=3.0)
+    plain = engine.generate(request).latents
+    engine.config, moves = replace(engine.config, offload_model=True), []
+    for name in ("high_noise", "low_noise"):
+        model = engine.models[name]
+        model.to = lambda *args, name=name, model=model: moves.append((name, str(args[0]))) or model
+    assert torch.equal(engine.generate(request).latents, plain)
+    assert moves == [(name, "cpu") for name in ("high_noise", "high_noise", "low_noise", "low_noise")]

@@ -12,6 +12,8 @@ from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import Device, named
 from wan_fast.planning import plan, set_up
 from wan_fast.quality import PRESETS, UNSET, settle
+from wan_fast.skipping import computed_mask, teacache
+from wan_fast.steps import step_plan
 from wan_fast.tasks import TASKS
 
 TINY = dict(task="ti2v-5B", checkpoint="tiny", device="cpu")
@@ -61,18 +63,18 @@ def test_cfg_cache(text, found):
         ("step_cache", "zzz", "take off, auto:P%, teacache:T"),
         ("step_cache", "", None),
         ("step_cache", "off:1", "unknown"),
-        ("step_cache", "teacache:0", "the threshold must be a number from 0 to 1, got '0'"),
-        ("step_cache", "teacache:-0.1", "from 0 to 1"),
-        ("step_cache", "teacache:1.01", "from 0 to 1"),
-        ("step_cache", "teacache:nan", "from 0 to 1"),
+        ("step_cache", "teacache:0", "the threshold must be a number above 0 to 1, got '0'"),
+        ("step_cache", "teacache:-0.1", "above 0 to 1"),
+        ("step_cache", "teacache:1.01", "above 0 to 1"),
+        ("step_cache", "teacache:nan", "above 0 to 1"),
         ("step_cache", "teacache:x", "got 'x'"),
         ("step_cache", "teacache:", None),
         ("step_cache", "teacache:0.1,2", "magcache takes T,K,R, every N,R, the others one"),
-        ("step_cache", "teacache:0%", "the share of steps to compute must be a number from 0 to 100"),
-        ("step_cache", "teacache:100%", "from 0 to 100"),
+        ("step_cache", "teacache:0%", "the share of steps to compute must be a number above 0 and below 100"),
+        ("step_cache", "teacache:100%", "above 0 and below 100"),
         ("step_cache", "magcache:0.1,0", "K, the steps reused in a row, must be a whole number from 1 to 100"),
         ("step_cache", "magcache:0.1,2.5", "whole number"),
-        ("step_cache", "magcache:0.1,2,1", "R, the part of all steps computed first, must be a number from 0 to 1"),
+        ("step_cache", "magcache:0.1,2,1", "R, the part of all steps computed first, must be a number from 0 and below 1"),
         ("step_cache", "magcache:0.1,2,0.2,3", "4 values are too many"),
         ("step_cache", "every:1", "one step in N is computed, must be a whole number from 2 to 100"),
         ("step_cache", "every:2,3", "R, the part of all steps computed first, must be"),
@@ -83,11 +85,11 @@ def test_cfg_cache(text, found):
         ("step_cache", "##x#", "unknown"),
         ("cfg_cache", "differnce", "did you mean difference?"),
         ("cfg_cache", "difference:1", "whole number from 2 to 100"),
-        ("cfg_cache", "difference:2,1", "the part of steps before it must be a number from 0 to 1"),
+        ("cfg_cache", "difference:2,1", "the part of steps before it must be a number from 0 and below 1"),
         ("cfg_cache", "difference:2,0.1,3", "too many values"),
         ("cfg_cache", "gate:0.2,1", "too many values"),
-        ("cfg_cache", "gate:0", "from 0 to 1"),
-        ("cfg_cache", "gate:2", "from 0 to 1"),
+        ("cfg_cache", "gate:0", "above 0 and below 1"),
+        ("cfg_cache", "gate:2", "above 0 and below 1"),
         ("cfg_zero", -1, "number of steps from 0 to 1000"),
         ("quality", "best", "quality must be one of lossless high fast draft"),
         ("calibration", "nowhere.json", "is not a file; check the path, or run wan-fast calibrate"),
@@ -114,23 +116,72 @@ def curve(count):
     return {**entry().magcache, "conditional": [0.9] * (count - 1), "unconditional": [0.9] * (count - 1)}
 
 
-WANTED = Wanted(task="ti2v-5B", num_steps=12, shift=5.0, size=(128, 128), num_frames=33, image=False)
+WANTED = Wanted(
+    task="ti2v-5B",
+    num_steps=12,
+    shift=5.0,
+    solver="unipc",
+    guidance_scale=(5.0, 5.0),
+    size=(128, 128),
+    num_frames=33,
+    image=False,
+)
 
 
 def test_published_data_are_whole():
     models = {name: calibration.published(name) for name in TASKS}
     counted = {name: len(found) for name, found in models.items() if found}
     assert counted == {
-        "t2v-1.3B": 1, "t2v-14B": 1, "t2i-14B": 1, "i2v-14B": 2, "vace-1.3B": 1, "t2v-A14B": 1, "i2v-A14B": 1, "ti2v-5B": 2,
+        "t2v-1.3B": 2, "t2v-14B": 2, "t2i-14B": 2, "i2v-14B": 4, "vace-1.3B": 1, "t2v-A14B": 1, "i2v-A14B": 1, "ti2v-5B": 4,
     }  # fmt: skip
     for found in models.values():
         for one in found:
             assert one.shift == TASKS[one.tasks[0]].shift or one.model in ("Wan2.1-T2V-1.3B", "Wan2.1-I2V-14B-480P")
-            assert all(0.6 < x < 1.1 for branch in calibration.BRANCHES for x in one.magcache[branch])
-            for signal in one.teacache.values():
-                assert len(signal["model"]) == (6 if one.model == "Wan2.2-TI2V-5B" else 5) and 0 < signal["threshold"] < 1
+            assert bool(one.magcache) != bool(one.teacache)
+            assert all(0.75 < x < 1.1 for branch in calibration.BRANCHES for x in one.magcache.get(branch, ()))
     text = calibration.PUBLISHED.read_text()
     assert all(name in text for name in ("Apache-2.0", "2506.09045", "2411.19108"))
+
+
+# highest power first, as published
+TEACACHE = {
+    ("Wan2.1-T2V-1.3B", "projection"): (-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
+    ("Wan2.1-T2V-1.3B", "embedding"): (2.39676752e3, -1.31110545e3, 2.01331979e2, -8.29855975, 1.37887774e-1),
+    ("Wan2.1-T2V-14B", "projection"): (-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
+    ("Wan2.1-T2V-14B", "embedding"): (-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
+    ("Wan2.1-I2V-14B-480P", "projection"): (2.57151496e5, -3.54229917e4, 1.40286849e3, -1.35890334e1, 1.32517977e-1),
+    ("Wan2.1-I2V-14B-480P", "embedding"): (-3.02331670e2, 2.23948934e2, -5.25463970e1, 5.87348440, -2.01973289e-1),
+    ("Wan2.1-I2V-14B-720P", "projection"): (8.10705460e3, 2.13393892e3, -3.72934672e2, 1.66203073e1, -4.17769401e-2),
+    ("Wan2.1-I2V-14B-720P", "embedding"): (-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
+    ("Wan2.2-TI2V-5B", "embedding"): (157472.669, -115702.395, 31076.1669, -3831.16651, 221.608777, -4.81179567),
+}
+
+
+def test_published_polynomials():
+    found = {
+        (one.model, signal): tuple(values["model"])
+        for task in TASKS
+        for one in calibration.published(task)
+        for signal, values in one.teacache.items()
+    }
+    assert found == TEACACHE
+
+
+@pytest.mark.parametrize(
+    ("model", "signal", "distance", "threshold", "computed"),
+    [
+        ("Wan2.1-T2V-1.3B", "embedding", 0.06, 0.05, 50), ("Wan2.1-T2V-1.3B", "projection", 0.06, 0.05, 50),
+        ("Wan2.1-T2V-14B", "embedding", 0.1, 0.14, 2), ("Wan2.1-T2V-14B", "projection", 0.06, 0.1, 50),
+        ("Wan2.1-I2V-14B-480P", "embedding", 0.1, 0.19, 14), ("Wan2.1-I2V-14B-480P", "projection", 0.03, 0.2, 50),
+        ("Wan2.1-I2V-14B-720P", "embedding", 0.1, 0.2, 26), ("Wan2.1-I2V-14B-720P", "projection", 0.03, 0.2, 28),
+        ("Wan2.2-TI2V-5B", "embedding", 0.1, 0.26, 18),
+    ],
+)  # fmt: skip
+def test_forwards_of_published_polynomials(model, signal, distance, threshold, computed):
+    """At steps that are all as far apart."""
+    steps = step_plan(TASKS["t2v-14B"], "unipc", 50, 5.0, (5.0, 5.0))
+    rule = teacache(signal, [0.0, *[distance] * 49], {"model": TEACACHE[model, signal]}, steps, threshold)
+    assert computed_mask([rule], steps).count("#") == computed
 
 
 def test_the_nearest_calibration_is_taken():
@@ -138,13 +189,15 @@ def test_the_nearest_calibration_is_taken():
         entry(num_steps=50, magcache=curve(50)), entry(shift=3.0), entry(image=True), entry(size=[256, 256]), entry(),
         entry(num_frames=17),
     ]  # fmt: skip
-    assert best(entries, WANTED) == (entries[4], [])
-    assert best(entries, replace(WANTED, image=True)) == (entries[2], [])
-    assert best(entries, replace(WANTED, num_steps=40)) == (entries[0], ["50 steps"])
-    assert best(entries, replace(WANTED, size=(272, 240))) == (entries[3], [])
+    assert best(entries, WANTED) == (entries[4], {})
+    assert best(entries, replace(WANTED, image=True)) == (entries[2], {})
+    assert best(entries, replace(WANTED, num_steps=40)) == (entries[0], {"num_steps": "50 steps"})
+    assert best(entries, replace(WANTED, size=(272, 240))) == (entries[3], {})
     found, other = best(entries[:1], replace(WANTED, shift=3.0, num_frames=5, image=True))
-    assert found is entries[0] and other == ["50 steps", "shift 5", "128x128x33", "a run without a picture"]
-    assert best([], WANTED) == (None, [])
+    assert found is entries[0] and list(other.values()) == ["50 steps", "shift 5", "128x128x33", "a run without a picture"]
+    other = best([entry(solver="euler", guidance_scale=[3.0, 4.0])], WANTED)[1]
+    assert other == {"solver": "solver euler", "guidance_scale": "guidance 3,4"}
+    assert best([], WANTED) == (None, {})
 
 
 def test_files_come_back_as_they_were_written(tmp_path):
@@ -165,6 +218,17 @@ def test_files_come_back_as_they_were_written(tmp_path):
         '{"model": "a model", "entries": [{"model": "x", "num_steps": 2, "shift": 1, "magcache": {"conditional": [NaN], '
         '"unconditional": [1]}}]}',
         '{"model": "a model", "entries": [{"model": "x", "num_steps": 2, "shift": 1, "masks": [{"mask": "#"}]}]}',
+        *(
+            json.dumps({"model": "a model", "entries": [{"model": "x", "num_steps": 2, "shift": 1, **wrong}]})
+            for wrong in (
+                {"num_steps": 0}, {"shift": "5"}, {"size": [128]}, {"size": [0, 0]}, {"teacache": {"embedding": [1.0]}},
+                {"teacache": {"embedding": {"model": [1.0]}}}, {"teacache": {"embedding": {"threshold": 0.1}}},
+                {"magcache": {"conditional": [1], "unconditional": [1]}}, {"guidance_scale": "x"},
+                {"magcache": {"conditional": [1], "unconditional": [1], "threshold": 0.1, "max_skips": "two", "retention": 0}},
+                {"magcache": {"conditional": [1], "unconditional": [1], "threshold": "0.1", "max_skips": 2, "retention": 0}},
+                {"magcache": {"conditional": [1], "unconditional": [1], "threshold": 0.1, "max_skips": 2, "retention": 1.5}},
+            )
+        ),
     ],
 )  # fmt: skip
 def test_other_files_are_no_calibrations(text, tmp_path):

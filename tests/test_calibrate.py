@@ -1,6 +1,7 @@
 """`wan-fast calibrate`: what it records, fits and searches, and the files it leaves."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,13 @@ from models import write_native
 from wan_fast import calibrate as module
 from wan_fast import calibration
 from wan_fast.branches import Branches
-from wan_fast.calibrate import Record, Recorder, Recording, Trials, calibrate, fitted, psnr, shortest_paths
+from wan_fast.calibrate import Record, Recorder, Trials, calibrate, fitted, psnr, shortest_paths
 from wan_fast.calibration import BRANCHES
 from wan_fast.cli import main
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.engine import Engine
 from wan_fast.planning import plan
+from wan_fast.recording import Recording
 from wan_fast.steps import step_plan
 from wan_fast.tasks import TASKS
 
@@ -199,9 +201,13 @@ def test_without_guidance_one_branch_is_recorded(tmp_path):
     ("words", "says"),
     [
         (["nowhere"], "checkpoint folder 'nowhere' does not exist"),
-        (["tiny", "--prompts", "nowhere.txt"], "is not a file; give one with a prompt per line"),
+        (["tiny", "--prompts", "nowhere.txt"], "is not a file of text; give one with a prompt per line"),
+        (["tiny", "--prompts", sys.executable], "is not a file of text"),
+        (["tiny", "--sample_steps", "8"], "of 8 steps or fewer none is reused"),
+        (["tiny", "--out", "/proc/found.json"], "cannot be written there"),
+        (["tiny", "--curve", "/proc/found.png"], "cannot be written there"),
         (["tiny", "--out", "found.txt"], "--out must end in .json"),
-        (["tiny", "--out", "nowhere/found.json"], "there is no folder 'nowhere'"),
+        (["tiny", "--out", "nowhere/found.json"], "nowhere' does not exist; create it first"),
         (["tiny", "--curve", "x.jpg"], "--curve must end in .png"),
         (["tiny", "--step-cache", "magcache"], "unknown flag --step-cache"),
         (["tiny", "--task", "t2v-14B"], "does not fit the checkpoint"),
@@ -226,4 +232,4 @@ def test_without_matplotlib_the_curve_is_refused_beforehand(monkeypatch):
 def test_an_empty_file_of_prompts(tmp_path):
     (tmp_path / "none.txt").write_text("\n \n")
     with pytest.raises(WanFastError, match="holds no prompt; write one per line"):
-        Recording(prompts=str(tmp_path / "none.txt")).texts()
+        Recording(prompts=str(tmp_path / "none.txt"))

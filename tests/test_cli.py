@@ -185,7 +185,7 @@ def test_refusing_needs_no_torch(here):
 # --- what is done -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", "run", "plan", "doctor", "inspect"])
+@pytest.mark.parametrize("command", ["", "run", "plan", "quantize", "calibrate", "doctor", "inspect"])
 def test_help(command):
     start = time.monotonic()
     done = wan_fast(f"{command} --help")

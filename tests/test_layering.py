@@ -22,7 +22,7 @@ LEVELS: list[set[str]] = [
     {"schemes", "self_test", "weights"},
     {"attention", "parallel", "checkpoint", "lora", "quantize", "roofs", "video"},
     {"dit", "adapters", "vae", "encoders", "backends"},
-    {"branches", "conditioning", "distances", "sampler", "solver"},
+    {"branches", "conditioning", "distances", "recording", "sampler", "solver"},
     {"schedule"},
     {"planning"},
     {"graphs", "engine"},

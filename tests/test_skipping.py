@@ -57,8 +57,11 @@ def known(model, num_steps):
     task, _, kind = re.match(r"(\w+-[\w.]+?)(-(480P|720P|image))?$", model).groups()
     size = (832, 480) if kind == "480P" else (1280, 720)
     shift = 3.0 if kind == "480P" else TASKS[task].shift
-    wanted = Wanted(task=task, num_steps=num_steps, shift=shift, size=size, num_frames=81, image=kind == "image")
-    found, others = best(published(task), wanted)
+    wanted = Wanted(
+        task=task, num_steps=num_steps, shift=shift, solver="unipc", guidance_scale=(5.0, 5.0), size=size, num_frames=81,
+        image=kind == "image",
+    )  # fmt: skip
+    found, others = best([entry for entry in published(task) if entry.magcache], wanted)
     return task, shift, Known(calibration=found, distances=lambda signal: [], others=others)
 
 
@@ -301,20 +304,16 @@ def test_both_caches_together(mask, flag, unconditional):
 
 
 def test_counters_stand_still_while_a_branch_is_reconstructed():
-    class Counting(Mask):
+    class Asked(Mask):
         def reuse(self, index):
             asked.append(index)
             return super().reuse(index)
 
-        def computed(self):
-            began.append(index_of[len(began)])
-
-    asked, began, index_of = [], [], range(12)
-    rule = {"conditional": Mask("##..#..#..##"), "unconditional": Counting("." * 12)}
-    made = with_caches(steps_of("t2v-14B", 12), rule, CfgCache.parse("difference:3,0.2"))
-    computed = [step.index for step in made if step.unconditional == "run"]
-    assert not {step.index for step in made if step.unconditional == "reconstruct"} & set(asked)
-    assert len(began) == len(computed), "the counters begin anew with every computed pass, and only then"
+    asked = []
+    rule = {"conditional": Mask("##.#.#.#..##"), "unconditional": Asked("##.#.#.#..##")}
+    made = with_caches(steps_of("t2v-14B", 12), rule, CfgCache.parse("difference:3,0.5"))
+    assert asked == [1, 2, 3, 4, 5], "from the start of the CFG cache on it is not asked"
+    assert "reconstruct" in [step.unconditional for step in made]
 
 
 def test_zero_steps_cost_nothing_and_the_first_after_them_is_computed():
@@ -350,15 +349,21 @@ TINY = dict(task="ti2v-5B", checkpoint="tiny", device="cpu")
         ({"step_cache": "searched:10%"}, "the cheapest mask computes 3 of 12 steps; ask for more"),
         (
             {"step_cache": "searched:50%", "num_steps": 20},
-            "were searched for .* this run has 20; run wan-fast calibrate --search",
+            "were searched for .* this run of 20 is another; run wan-fast calibrate --search",
         ),
         ({"cfg_cache": "difference:2", "guidance_scale": 1}, "the guidance scale is 1, there is no unconditional pass to save"),
         ({"cfg_zero": 0, "guidance_scale": 1}, "the guidance scale is 1, there is nothing to scale"),
         ({"cfg_zero": 12}, "leaves none of 12 steps to compute"),
+        ({"cfg_cache": "gate:0.5", "num_steps": 8}, "--cfg-cache gate:0.5 is not for 8 steps: of 8 or fewer"),
+        ({"calibration": __file__}, "is for measured step caches; add --step-cache auto, or leave it out"),
+        ({"calibration": __file__, "step_cache": "every:2"}, "is for measured step caches"),
+        ({"calibration": __file__, "quality": "fast"}, "is not a calibration; delete it"),
     ],
 )
 def test_what_does_not_fit_the_run_is_refused(options, says):
-    of_engine = {name: options.pop(name) for name in ("step_cache", "cfg_cache", "cfg_zero") if name in options}
+    of_engine = {
+        name: options.pop(name) for name in ("step_cache", "cfg_cache", "cfg_zero", "calibration", "quality") if name in options
+    }
     with pytest.raises(WanFastError, match=says):
         plan(EngineConfig(**TINY, **of_engine), Request(prompt="a red ball", **options))
 
@@ -382,6 +387,39 @@ def test_a_model_without_calibration_says_what_to_do(flag, tmp_path):
 def test_teacache_of_a_checkpoint_that_is_not_here_is_announced():
     todo = plan(EngineConfig(task="t2v-14B", step_cache="teacache"), Request(prompt="a cat"), on="b200")
     assert todo.forwards == 100 and any("depends on the checkpoint's time embedding" in warning for warning in todo.warnings)
+
+
+@pytest.mark.parametrize(
+    "options", [{"step_cache": "magcache:0.0001"}, {"cfg_cache": "gate:0.99"}, {"step_cache": "every:2,0.95"}]
+)
+def test_a_cache_that_leaves_out_nothing_says_so(options):
+    (warning,) = plan(EngineConfig(**TINY, **options), Request(prompt="a red ball")).warnings
+    assert "leaves out no" in warning
+
+
+def test_a_searched_mask_of_another_shape_is_announced():
+    for request in ({"size": (64, 64), "num_frames": 5}, {"solver": "euler"}, {"guidance_scale": 9}):
+        said = plan(EngineConfig(**TINY, step_cache="auto"), Request(prompt="a red ball", **request)).warnings
+        assert any("searched: your calibration is of" in warning for warning in said), request
+
+
+def test_published_data_are_for_released_models_alone(tmp_path):
+    folder = write_native(tmp_path, "ti2v-5B")
+    with pytest.raises(WanFastError, match="no curve of this model is known"):
+        plan(
+            EngineConfig(task="ti2v-5B", checkpoint=str(folder), device="cpu", step_cache="magcache"),
+            Request(prompt="a cat", size=(64, 64)),
+        )
+
+
+def test_presets_compute_less_and_less():
+    for task in ("t2v-1.3B", "t2v-14B", "ti2v-5B", "t2v-A14B"):
+        for num_steps in (9, 12, 20, 30, 50):
+            counts = [
+                plan(EngineConfig(task=task, quality=quality), Request(prompt="a cat", num_steps=num_steps), on="b200").forwards
+                for quality in ("lossless", "high", "fast", "draft")
+            ]
+            assert counts == sorted(counts, reverse=True) and counts[2] < 0.7 * counts[0], (task, num_steps, counts)
 
 
 def test_a_curve_of_another_run_is_announced():

@@ -58,21 +58,18 @@ class StepCache:
             raise WanFastError(
                 f"{flag}: {len(others) + 1} values are too many; magcache takes T,K,R, every N,R, the others one"
             )
-        R = (
-            _number(flag, others[-1], "R, the part of all steps computed first,", -1e-9, 1)
-            if others[kind == "magcache" :]
-            else None
-        )
+        part = others[1] if kind == "magcache" and len(others) == 2 else others[0] if kind == "every" and others else None
+        R = None if part is None else _number(flag, part, "R, the part of all steps computed first,", "[0, 1)")
         if kind == "every":
             every = _whole(flag, first or "2", "N, one step in N is computed,", 2, 100)
             return cls(kind=kind, every=every, retention=0.2 if R is None else R)
         threshold = share = None
         if first.endswith("%"):
-            share = _number(flag, first[:-1], "the share of steps to compute", 0, 100) / 100
+            share = _number(flag, first[:-1], "the share of steps to compute", "(0, 100)") / 100
         elif first and kind in ("auto", "searched"):
             raise WanFastError(f"{flag}: {kind} takes the share of steps that are computed, as in {kind}:50%")
         elif first:
-            threshold = _number(flag, first, "the threshold", 0, 1, closed=True)
+            threshold = _number(flag, first, "the threshold", "(0, 1]")
         return cls(
             kind=kind,
             threshold=threshold,
@@ -86,8 +83,8 @@ class StepCache:
 class CfgCache:
     """Where the unconditional pass is reconstructed from the conditional one and the last difference of the two.
 
-    kind: of CFG_CACHES. every: steps that a difference serves, that of its own included; 0: all that follow (gate). start: the
-    part of all steps before which nothing is reconstructed.
+    kind: of CFG_CACHES. every: at a computed step the pass is computed if its last is so many steps back; 0: never again.
+    start: the part of all steps before which nothing is reconstructed.
     """
 
     kind: str
@@ -116,21 +113,24 @@ class CfgCache:
             raise WanFastError(f"{flag}: too many values; gate takes START, the others N,START")
         if kind == "gate":
             return cls(
-                kind=kind, every=0, start=_number(flag, values[0] if values else "0.5", "the part of steps before it", 0, 1)
+                kind=kind, every=0, start=_number(flag, values[0] if values else "0.5", "the part of steps before it", "(0, 1)")
             )
-        every = _whole(flag, values[0] if values else "2", "N, the steps that a difference serves,", 2, 100)
-        start = _number(flag, values[1], "the part of steps before it", -1e-9, 1) if len(values) > 1 else 0.3
+        every = _whole(flag, values[0] if values else "2", "N, the steps from one computed pass to the next,", 2, 100)
+        start = _number(flag, values[1], "the part of steps before it", "[0, 1)") if len(values) > 1 else 0.3
         return cls(kind=kind, every=every, start=start)
 
 
-def _number(flag: str, text: str, what: str, low: float, high: float, *, closed: bool = False) -> float:
+def _number(flag: str, text: str, what: str, span: str) -> float:
+    """A number within "(0, 1]", say: a round bracket leaves its bound out."""
+    low, high = (float(bound) for bound in span[1:-1].split(","))
     try:
         value = float(text)
     except ValueError:
         value = float("nan")
-    if not (low < value < high or (closed and value == high)):
-        raise WanFastError(f"{flag}: {what} must be a number from {max(low, 0):g} to {high:g}, got {text!r}")
-    return max(value, 0.0)
+    if not (low <= value <= high) or (value == low and span[0] == "(") or (value == high and span[-1] == ")"):
+        words = f"{'above' if span[0] == '(' else 'from'} {low:g} {'and below' if span[-1] == ')' else 'to'} {high:g}"
+        raise WanFastError(f"{flag}: {what} must be a number {words}, got {text!r}")
+    return value
 
 
 def _whole(flag: str, text: str, what: str, low: int, high: int) -> int:

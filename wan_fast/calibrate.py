@@ -27,12 +27,13 @@ from wan_fast import checkpoint as checkpoints
 from wan_fast.branches import Branches
 from wan_fast.caches import StepCache
 from wan_fast.calibration import BRANCHES, Calibration
-from wan_fast.config import EngineConfig, Request, WanFastError, option
+from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.distances import time_distances
 from wan_fast.engine import Engine, Progress
-from wan_fast.planning import Plan
+from wan_fast.planning import Plan, plan, set_up
+from wan_fast.recording import Recording
 from wan_fast.schedule import fingerprint
-from wan_fast.skipping import SIGNALS, Known
+from wan_fast.skipping import FEW_STEPS, SIGNALS, Known
 from wan_fast.steps import Step
 from wan_fast.video import whole
 
@@ -40,59 +41,11 @@ from wan_fast.video import whole
 GAP = 6
 # steps of which the search reuses one alone
 PROBES = 8
-PROMPTS = (
-    "a red ball bounces on a black background",
-    "a cat walks through tall grass towards the camera",
-    "waves break on a rocky shore at sunset",
-    "a woman turns her head and smiles, the street behind her is blurred",
-)
 # shares of the steps that are tried: for the curve alone, and by the search
 CURVE = (0.65, 0.5, 0.35)
 SHARES = (0.8, 0.65, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3)
 # MagCache's own limits, and a threshold at half of the steps: what a calibration takes where nothing is asked for
 _LIMITS = {"max_skips": 2, "retention": 0.2}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recording:
-    """What `wan-fast calibrate` is told besides the run.
-
-    Raises:
-        WanFastError: a value is not allowed.
-    """
-
-    prompts: str | None = option(None, "file of prompts, one per line; default: four of ours", "--prompts", unit="FILE")
-    search: bool = option(False, "also search the best mask for every number of computed steps", "--search")
-    out: str | None = option(
-        None, f"file to write; default: {calibration.FILE} beside the checkpoint, or the user's cache", "--out", unit="JSON"
-    )
-    curve: str | None = option(
-        None, "picture of quality against passes; default: beside the file; off: none", "--curve", unit="PNG"
-    )
-    quiet: bool = option(False, "no progress bars", "--quiet")
-
-    def __post_init__(self) -> None:
-        if self.prompts is not None and not Path(self.prompts).is_file():
-            raise WanFastError(f"--prompts {self.prompts!r} is not a file; give one with a prompt per line")
-        for flag, path, suffix in (("--out", self.out, ".json"), ("--curve", self.curve, ".png")):
-            if path not in (None, "off") and Path(str(path)).suffix != suffix:
-                raise WanFastError(f"{flag} must end in {suffix}, got {path!r}")
-            if path not in (None, "off") and not Path(str(path)).parent.is_dir():
-                raise WanFastError(f"{flag}: there is no folder {str(Path(str(path)).parent)!r}; make it first")
-
-    def texts(self) -> list[str]:
-        """The prompts.
-
-        Raises:
-            WanFastError: the file holds none.
-        """
-        if self.prompts is None:
-            return list(PROMPTS)
-        lines = Path(self.prompts).read_text(encoding="utf-8").splitlines()
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise WanFastError(f"--prompts {self.prompts!r} holds no prompt; write one per line")
-        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,18 +137,28 @@ def calibrate(
     if picture:
         _need_matplotlib()
     requests = [replace(request, prompt=text, seed=seed) for seed, text in enumerate(texts)]
-    engine = Engine(replace(config, checkpoint=str(path)), request=requests[0], on_progress=on_progress)
-    todo = engine.plan(requests[0])
-    if todo.forwards != todo.forwards_uncached:
-        raise WanFastError("calibration is of runs with nothing left out; leave out --step-cache, --cfg-cache and --cfg-zero")
-    assert todo.checkpoint is not None
+    config = replace(config, checkpoint=str(path))
+    setup = set_up(config)
+    todo = plan(config, requests[0], setup)
+    if len(todo.steps) <= FEW_STEPS:
+        raise WanFastError(
+            f"--sample_steps {len(todo.steps)}: of {FEW_STEPS} steps or fewer none is reused; give the number that you run"
+        )
+    # residuals of both branches are kept: with a mask they are in the memory plan
+    keeping = replace(config, step_cache="#." + "#" * (len(todo.steps) - 2))
+    plan(keeping, requests[0], setup)
+    opened = todo.checkpoint
+    assert opened is not None
     model = fingerprint(_dims(todo), config.spec.experts)
     others = calibration.read(target, model) if target.is_file() else []
+    engine = Engine(keeping, request=requests[0], on_progress=on_progress)
+    engine.config = replace(engine.config, step_cache=None)
+    todo = engine.plan(requests[0])
     record = Record(recording.search)
     engine.branches = partial(Recorder, record)
     full = [engine.latents(engine.plan(each), on_progress=on_progress) for each in requests]
     engine.branches = Branches
-    signals = {signal: time_distances(signal, todo.checkpoint.experts, todo.steps) for signal in SIGNALS.values()}
+    signals = {signal: time_distances(signal, opened.experts, todo.steps) for signal in SIGNALS.values()}
     found = fitted(record, todo, signals, len(texts))
     trials = Trials(engine, requests if recording.search else requests[:1], full, on_progress)
     shares = SHARES if recording.search else CURVE if picture else ()
@@ -230,6 +193,7 @@ def fitted(record: Record, todo: Plan, signals: Mapping[str, Sequence[float]], p
         tasks=[todo.config.task],
         num_steps=len(steps),
         shift=request.shift,
+        solver=request.solver,
         magcache=magcache,
         teacache=teacache,
         size=list(request.size),
@@ -423,7 +387,7 @@ def _place(checkpoint: Path) -> Path:
 
 def _same_run(a: Calibration, b: Calibration) -> bool:
     """Whether one takes the place of the other."""
-    what = ("num_steps", "shift", "num_frames", "image")
+    what = ("num_steps", "shift", "solver", "num_frames", "image")
     return [getattr(a, name) for name in what] + [*(a.size or ())] == [getattr(b, name) for name in what] + [*(b.size or ())]
 
 

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite, log
+from math import inf, isfinite, log
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ class Calibration:
     the second step on; "threshold", "max_skips", "retention"; "high_noise": "computed" where that expert is never skipped.
     teacache: signal ("embedding", "projection") -> expert -> coefficients, highest power first, and "threshold".
     masks: what was searched: {"mask", "psnr"} of the latents in dB, from the most computed steps to the fewest.
-    size, num_frames, image: None where it is not of one.
+    size, num_frames, image, solver, guidance_scale: None where it is not of one.
     """
 
     model: str
     num_steps: int
     shift: float
+    solver: str | None = None
     magcache: Mapping[str, Any] = field(default_factory=dict)
     teacache: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     masks: Sequence[Mapping[str, Any]] = ()
@@ -54,12 +55,15 @@ class Wanted:
     task: str
     num_steps: int
     shift: float
+    solver: str
+    guidance_scale: tuple[float, float]
     size: tuple[int, int]
     num_frames: int
     image: bool
 
 
 def published(task: str) -> list[Calibration]:
+    """What is published of a task's released model."""
     return [entry for entry in _entries(PUBLISHED, json.loads(PUBLISHED.read_text(encoding="utf-8"))) if task in entry.tasks]
 
 
@@ -70,7 +74,10 @@ def own(checkpoint: Path | None, fingerprint: str, given: str | None) -> list[Ca
         WanFastError: a file is not one, or of another model.
     """
     files = [Path(given)] if given else [in_user_cache(checkpoint), checkpoint / FILE] if checkpoint else []
-    return [entry for file in files if given or file.is_file() for entry in read(file, fingerprint)]
+    found = [entry for file in files if given or file.is_file() for entry in read(file, fingerprint)]
+    if given and not found:
+        raise WanFastError(f"calibration {given!r} holds no entries; run wan-fast calibrate")
+    return found
 
 
 def in_user_cache(checkpoint: Path) -> Path:
@@ -90,7 +97,7 @@ def read(file: Path, fingerprint: str) -> list[Calibration]:
         model, entries = found["model"], _entries(file, found)
     except OSError as error:
         raise WanFastError(f"calibration {str(file)!r} cannot be read: {error.strerror}; check the path") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise WanFastError(f"{str(file)!r} is not a calibration; delete it, and run wan-fast calibrate") from None
     if model != fingerprint:
         raise WanFastError(
@@ -115,10 +122,10 @@ def write(file: Path, fingerprint: str, entries: Sequence[Calibration]) -> None:
         part.unlink(missing_ok=True)
 
 
-def best(entries: Sequence[Calibration], wanted: Wanted) -> tuple[Calibration | None, list[str]]:
-    """The entry that is nearest to a run, and in words what of it is another."""
+def best(entries: Sequence[Calibration], wanted: Wanted) -> tuple[Calibration | None, dict[str, str]]:
+    """The entry that is nearest to a run, and what of it is another: field -> in words."""
     if not entries:
-        return None, []
+        return None, {}
 
     def distance(entry: Calibration) -> tuple[float, ...]:
         return (
@@ -129,19 +136,22 @@ def best(entries: Sequence[Calibration], wanted: Wanted) -> tuple[Calibration | 
             _far(entry.size, wanted.size),
             abs(log(entry.num_steps / wanted.num_steps)),
             abs((entry.num_frames or wanted.num_frames) - wanted.num_frames),
+            entry.solver not in (None, wanted.solver),
         )
 
     entry = min(entries, key=distance)
-    other = []
-    if entry.num_steps != wanted.num_steps:
-        other.append(f"{entry.num_steps} steps")
-    if entry.shift != wanted.shift:
-        other.append(f"shift {entry.shift:g}")
+    words = {
+        "num_steps": f"{entry.num_steps} steps" if entry.num_steps != wanted.num_steps else "",
+        "shift": f"shift {entry.shift:g}" if entry.shift != wanted.shift else "",
+        "solver": f"solver {entry.solver}" if entry.solver not in (None, wanted.solver) else "",
+    }
+    if entry.guidance_scale is not None and tuple(entry.guidance_scale) != wanted.guidance_scale:
+        words["guidance_scale"] = "guidance " + ",".join(f"{scale:g}" for scale in dict.fromkeys(entry.guidance_scale))
     if entry.num_frames and (_far(entry.size, wanted.size) > 0.05 or entry.num_frames != wanted.num_frames):
-        other.append("x".join(map(str, (*(entry.size or ()), entry.num_frames))))
+        words["size"] = "x".join(map(str, (*(entry.size or ()), entry.num_frames)))
     if entry.image is not None and entry.image != wanted.image:
-        other.append("a run " + ("with" if entry.image else "without") + " a picture")
-    return entry, other
+        words["image"] = "a run " + ("with" if entry.image else "without") + " a picture"
+    return entry, {name: text for name, text in words.items() if text}
 
 
 def _far(size: Sequence[int] | None, wanted: Sequence[int]) -> float:
@@ -153,16 +163,43 @@ def _entries(file: Path, found: Mapping[str, Any]) -> list[Calibration]:
     """Those of a file.
 
     Raises:
-        ValueError, KeyError, TypeError: it is another kind of file.
+        ValueError, KeyError, TypeError, AttributeError, IndexError: it is another kind of file.
     """
     known = set(Calibration.__slots__)
     entries = [Calibration(**{k: v for k, v in entry.items() if k in known}) for entry in found["entries"]]
     for entry in entries:
-        curves = [entry.magcache[branch] for branch in BRANCHES] if entry.magcache else []
-        polynomials = [c for signal in entry.teacache.values() for name, c in signal.items() if name != "threshold"]
-        numbers = [float(x) for values in (*curves, *polynomials) for x in values]
-        if any(len(curve) != entry.num_steps - 1 for curve in curves) or not all(map(isfinite, numbers)):
-            raise ValueError(f"{file}: a curve of another length, or a number that is none")
-        if any(len(found["mask"]) != entry.num_steps or set(found["mask"]) - {"#", "."} for found in entry.masks):
-            raise ValueError(f"{file}: a mask of another length")
+        if not _sound(entry):
+            raise ValueError(f"{file}: a value that cannot be")
     return entries
+
+
+def _sound(entry: Calibration) -> bool:
+    """Whether every value is one that a rule can go by."""
+    curve, count = entry.magcache, entry.num_steps
+    checks = [
+        isinstance(count, int) and count >= 1,
+        _between(entry.shift, 0, 1000),
+        entry.size is None or (len(entry.size) == 2 and all(isinstance(side, int) and side > 0 for side in entry.size)),
+        entry.num_frames is None or (isinstance(entry.num_frames, int) and entry.num_frames > 0),
+        entry.image in (None, True, False),
+        entry.guidance_scale is None or all(isinstance(scale, (int, float)) for scale in entry.guidance_scale),
+        all(len(row["mask"]) == count and not set(row["mask"]) - {"#", "."} for row in entry.masks),
+    ]
+    if curve:
+        checks += [
+            _between(curve["threshold"], 0, 1),
+            isinstance(curve["max_skips"], int) and curve["max_skips"] >= 1,
+            curve["retention"] == 0 or _between(curve["retention"], 0, 1),
+            curve.get("high_noise") in (None, "computed"),
+            *(len(curve[branch]) == count - 1 and all(_between(x, 0, inf) for x in curve[branch]) for branch in BRANCHES),
+        ]
+    for signal in entry.teacache.values():
+        polynomials = [values for name, values in signal.items() if name != "threshold"]
+        checks += [_between(signal["threshold"], 0, 1), len(polynomials) > 0]
+        checks += [len(values) > 0 and all(isfinite(x) for x in values) for values in polynomials]
+    return all(checks)
+
+
+def _between(value: Any, low: float, high: float) -> bool:
+    """Whether it is a finite number above `low` and up to `high`."""
+    return isinstance(value, (int, float)) and isfinite(value) and low < value <= high

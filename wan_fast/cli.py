@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import wan_fast
 from wan_fast.config import EngineConfig, Output, Request, WanFastError, with_seed
 from wan_fast.flags import Parser, add_not_yet, add_options, build, refuse_not_yet
+from wan_fast.steps import LETTERS
 from wan_fast.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def _plan(words: Sequence[str]) -> int:
     parser.add_argument("--on", metavar="GPU", help="plan for this card, which need not be here: h200, h100, 5090, 4090, ...")
     parsed = parser.parse_args(words)
     config, request, output = _options(parsed)
-    if parsed.on and config.device != "auto":
+    if parsed.on is not None and config.device != "auto":
         raise WanFastError(f"--on {parsed.on} and --device {config.device} name two devices; give one of them")
     todo = wan_fast.plan(config, request, on=parsed.on)
     _check_outputs(output, todo)
@@ -266,13 +267,12 @@ def _say_plan(todo: Plan) -> None:
         print(f"warning     {warning}")
 
 
-_LETTERS = {"run": "#", "reuse": ".", "reconstruct": "~", "zero": "0", "none": "-"}
 _WORDS = {"#": "computed", ".": "reused", "~": "reconstructed", "0": "predicts nothing", "-": "none"}
 
 
 def _say_schedule(todo: Plan, *, always: bool = False) -> None:
     """A character per step and branch, and how many passes are left out; nothing where all are computed, but for `always`."""
-    rows = {name: "".join(_LETTERS[getattr(step, name)] for step in todo.steps) for name in ("conditional", "unconditional")}
+    rows = {name: "".join(LETTERS[getattr(step, name)] for step in todo.steps) for name in ("conditional", "unconditional")}
     if todo.quality:
         print(f"quality     {todo.quality}")
     if {*"".join(rows.values())} == {"#"} and not always:
@@ -285,7 +285,7 @@ def _say_schedule(todo: Plan, *, always: bool = False) -> None:
     if len({step.expert for step in todo.steps}) > 1:
         print("            " + "".join(step.expert[0].upper() for step in todo.steps) + "  expert (H high noise, L low noise)")
     fewer = todo.forwards_uncached / todo.forwards
-    print(f"forwards    {todo.forwards} of {todo.forwards_uncached}, {fewer:.2f} times fewer")
+    print(f"forwards    {todo.forwards} of {todo.forwards_uncached}" + (f", {fewer:.2f} times fewer" if fewer > 1 else ""))
 
 
 def _say_attention(todo: Plan) -> None:
@@ -401,7 +401,7 @@ def _calibrate(words: Sequence[str]) -> int:
     parser.add_argument("checkpoint", metavar="CKPT", help="folder, hub id, or tiny")
     parser.add_argument("--task", default=None, metavar="TASK", help="task of the checkpoint; default: the first that it fits")
     caches = ("quality", "step_cache", "cfg_cache", "cfg_zero", "calibration")
-    from wan_fast.calibrate import Recording, calibrate
+    from wan_fast.recording import Recording
 
     add_options(parser, Recording)
     add_options(parser, EngineConfig, less=("task", "checkpoint", *caches))
@@ -410,6 +410,8 @@ def _calibrate(words: Sequence[str]) -> int:
     recording = build(Recording, parsed)
     parsed.task = parsed.task or _task_of(parsed.checkpoint)
     config, request = build(EngineConfig, parsed), build(Request, parsed)
+    from wan_fast.calibrate import calibrate
+
     with _Bars(recording.quiet) as bars:
         file, found, points = calibrate(config, request, recording, on_progress=bars)
     print(f"recorded    {_count(found.prompts or 0, 'prompt')}, {found.num_steps} steps at shift {found.shift:g}")
@@ -417,8 +419,9 @@ def _calibrate(words: Sequence[str]) -> int:
         print(f"curve       {point.name:12s} {point.forwards:4d} passes  {point.psnr:5.1f} dB")
     for row in found.masks:
         print(f"mask        {row['mask']}  {row['mask'].count('#')} steps computed, {row['psnr']:.1f} dB")
-    run = f"wan-fast run --task {parsed.task} --ckpt_dir {shlex.quote(parsed.checkpoint)}"
-    print(f'next        {run} --step-cache magcache --prompt "..."')
+    run = f"wan-fast run --task {parsed.task} --ckpt_dir {shlex.quote(parsed.checkpoint)} --sample_steps {found.num_steps}"
+    given = f" --calibration {shlex.quote(recording.out)}" if recording.out else ""
+    print(f'next        {run}{given} --step-cache auto --prompt "..."')
     print(file)
     return 0
 

@@ -151,8 +151,8 @@ class EngineConfig:
     cfg_cache: str | None = option(
         None,
         "unconditional passes that are reconstructed from the conditional ones: off, difference[:N[,START]], "
-        "frequency[:N[,START]], gate[:START]; a difference of the two serves N steps; all are computed before START, a part of "
-        "the steps; default off",
+        "frequency[:N[,START]], gate[:START]; at a computed step one is computed if the last was N steps before; all are "
+        "before START, a part of the steps; default off",
         "--cfg-cache",
         unit="CACHE",
     )

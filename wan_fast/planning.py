@@ -215,7 +215,7 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
     """
     spec = config.spec
     resolve(spec, request)  # what is wrong with it whatever the checkpoint
-    setup = setup or set_up(config, named(on) if on else None)
+    setup = setup or set_up(config, named(on) if on is not None else None)
     config = config if config.quality is None else setup.config
     opened = setup.checkpoint
     todo = resolve(spec, request, Request(**opened.defaults) if opened and opened.defaults else None)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import cache as once
 from functools import partial
 
 from wan_fast import calibration, manifest, skipping
 from wan_fast.caches import StepCache
-from wan_fast.calibration import Wanted
+from wan_fast.calibration import Calibration, Wanted
 from wan_fast.checkpoint import Checkpoint
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Resolved
 from wan_fast.errors import WanFastError
 from wan_fast.skipping import FEW_STEPS, SIGNALS, Known
 from wan_fast.steps import Step, in_8_bits, step_plan
 
+_TOO_FEW = f"is not for {{}} steps: of {FEW_STEPS} or fewer each differs too much from the last"
 # for rules that are no measured ones
 NOTHING = Known(calibration=None, distances=lambda signal: [])
 
@@ -50,65 +52,89 @@ def schedule(
             f"--cfg-zero {zero} leaves none of {len(steps)} steps to compute; take a smaller number, 2 of 50 say"
         )
     if all(step.unconditional == "none" for step in steps):
-        if cfg_cache and "cfg_cache" not in preset:
+        if cfg_cache:
             raise WanFastError(
                 f"--cfg-cache {config.cfg_cache}: the guidance scale is 1, there is no unconditional pass to save; leave it out"
             )
         if config.cfg_zero == 0:
             raise WanFastError("--cfg-zero 0: the guidance scale is 1, there is nothing to scale; leave it out")
-        cfg_cache = None
+    if cfg_cache and len(steps) <= FEW_STEPS:
+        raise WanFastError(f"--cfg-cache {config.cfg_cache} {_TOO_FEW.format(len(steps))}; leave it out")
+    if config.calibration and (step_cache is None or step_cache.kind in ("mask", "every")):
+        raise WanFastError(
+            f"--calibration {str(config.calibration)!r} is for measured step caches; add --step-cache auto, or leave it out"
+        )
+    model = fingerprint(dims, config.spec.experts)
+    entries = calibration.own(opened.path if opened else None, model, config.calibration) if step_cache else []
     by_branch, words = None, ""
     warnings: list[str] = []
     if step_cache:
         try:
-            by_branch, words, warnings = _rules(config, request, step_cache, steps, opened, dims)
+            by_branch, words, warnings = _rules(config, request, step_cache, steps, opened, entries, model)
         except WanFastError as error:
             if "step_cache" not in preset:
                 raise
             warnings = [f"--quality takes no step cache here: {str(error).removeprefix('--step-cache ')}"]
-    return skipping.with_caches(steps, by_branch, cfg_cache, zero), words, warnings
+    made = skipping.with_caches(steps, by_branch, cfg_cache, zero)
+    if by_branch and not any(step.conditional == "reuse" for step in made):
+        warnings.append(f"--step-cache {config.step_cache} leaves out no step of this run")
+    if cfg_cache and not any(step.unconditional == "reconstruct" for step in made):
+        warnings.append(f"--cfg-cache {config.cfg_cache} leaves out no pass of this run")
+    return made, words, warnings
 
 
 def _rules(
     config: EngineConfig,
     request: Resolved,
-    cache: StepCache,
+    asked: StepCache,
     steps: tuple[Step, ...],
     opened: Checkpoint | None,
-    dims: manifest.DiTDims,
+    entries: Sequence[Calibration],
+    model: str,
 ) -> tuple[dict[str, skipping.Rule] | None, str, list[str]]:
-    """The rules, in words what they are, and warnings."""
-    if cache.kind == "mask":
-        return skipping.rules(cache, steps, NOTHING), "mask", []
+    """The rules, in words what they are, and warnings. `entries`: the checkpoint's own calibrations."""
+    if asked.kind == "mask":
+        return skipping.rules(asked, steps, NOTHING), "mask", []
     if len(steps) <= FEW_STEPS:
-        raise WanFastError(
-            f"--step-cache {config.step_cache} is not for {len(steps)} steps: of {FEW_STEPS} or fewer each differs too much "
-            "from the last; leave it out, or write a mask"
-        )
-    if cache.kind == "every":
-        return skipping.rules(cache, steps, NOTHING), f"every:{cache.every}", []
+        raise WanFastError(f"--step-cache {config.step_cache} {_TOO_FEW.format(len(steps))}; leave it out, or write a mask")
+    if asked.kind == "every":
+        return skipping.rules(asked, steps, NOTHING), f"every:{asked.every}", []
     wanted = Wanted(
         task=config.task,
         num_steps=request.num_steps,
         shift=request.shift,
+        solver=request.solver,
+        guidance_scale=request.guidance_scale,
         size=request.size,
         num_frames=request.num_frames,
         image=request.image is not None,
     )
-    model = fingerprint(dims, config.spec.experts)
-    entries = calibration.own(opened.path if opened else None, model, config.calibration)
-    found, others = calibration.best(entries or calibration.published(config.task), wanted)
-    known = Known(calibration=found, distances=once(partial(_distances, opened, steps)), others=others)
-    asked, cache = cache, skipping.chosen(cache, known) if cache.kind == "auto" else cache
-    if cache.kind in SIGNALS and opened is None:
+    released = fingerprint(manifest.DiTDims.of_task(config.spec), config.spec.experts)
+    all_entries = entries or (calibration.published(config.task) if model == released else [])
+    auto = asked.kind == "auto"
+    for kind in ("searched", "magcache", "teacache") if auto else (asked.kind,):
+        found, others = calibration.best([entry for entry in all_entries if _has(entry, kind)], wanted)
+        # a mask is of one number of steps
+        if found and not (auto and kind == "searched" and {"num_steps", "shift"} & set(others)):
+            break
+    if auto and found is None:
+        raise WanFastError("--step-cache auto: nothing is known of this model; run wan-fast calibrate, or take every:2")
+    if kind in SIGNALS and opened is None:
         why = "depends on the checkpoint's time embedding: until that is here, all steps are shown as computed"
         return None, "", [f"--step-cache {config.step_cache} {why}"]
-    warnings = []
-    if others and cache.kind != "searched":
-        where = "your calibration" if entries else "what is published"
-        warnings = [f"--step-cache {cache.kind}: {where} is of {', '.join(others)}; see wan-fast calibrate"]
-    rules = skipping.rules(cache, steps, known)
+    cache = replace(asked, kind=kind, share=asked.share or 0.5) if auto else asked
+    known = Known(calibration=found, distances=once(partial(_distances, opened, steps)), others=others)
+    rules = skipping.rules(cache, steps, known, nearest=auto)
+    where = "your calibration" if entries else "what is published"
+    warnings = [f"--step-cache {kind}: {where} is of {', '.join(others.values())}; see wan-fast calibrate"] if others else []
     return rules, skipping.described(asked, cache, rules["conditional"]), warnings
+
+
+def _has(entry: Calibration, kind: str) -> bool:
+    """Whether a calibration has what a rule needs."""
+    if kind in SIGNALS:
+        return SIGNALS[kind] in entry.teacache
+    return bool(entry.masks if kind == "searched" else entry.magcache)
 
 
 def fingerprint(dims: manifest.DiTDims, experts: Collection[str]) -> str:

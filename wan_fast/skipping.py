@@ -31,7 +31,7 @@ FEW_STEPS = 8
 
 
 class Rule(Protocol):
-    """Decides for one branch, step by step; at a step that is reconstructed it is not asked, and its counters stand still."""
+    """Decides for one branch, step by step."""
 
     def reuse(self, index: int) -> bool:
         """Whether this step may take the last residual."""
@@ -148,34 +148,18 @@ class Known:
 
     calibration: Calibration | None
     distances: Callable[[str], Sequence[float]]
-    others: Sequence[str] = field(default=())
-    """In words, what of the calibration is of another run."""
+    others: Mapping[str, str] = field(default_factory=dict)
+    """What of the calibration is of another run: field -> in words."""
 
 
-def chosen(cache: StepCache, known: Known) -> StepCache:
-    """What "auto" takes: a mask that was searched, else magcache, else teacache, at half of the steps unless it says otherwise.
-
-    Raises:
-        WanFastError: nothing is known of the model.
-    """
-    found, others = known.calibration, known.others
-    if found is None or not (found.magcache or found.teacache):
-        raise WanFastError("--step-cache auto: nothing is known of this model; run wan-fast calibrate, or take every:2")
-    searched = found.masks and not any(what.startswith("shift") or what.endswith("steps") for what in others)
-    kind = "searched" if searched else "magcache" if found.magcache else "teacache"
-    return replace(cache, kind=kind, share=cache.share or 0.5)
-
-
-def rules(cache: StepCache, steps: Sequence[Step], known: Known) -> dict[str, Rule]:
-    """A rule per branch.
+def rules(cache: StepCache, steps: Sequence[Step], known: Known, *, nearest: bool = False) -> dict[str, Rule]:
+    """A rule per branch; `nearest`: a share that is out of reach becomes the nearest one.
 
     Raises:
         WanFastError: the model has no calibration for it, or a mask is of another length.
     """
-    if cache.kind == "auto":
-        cache = chosen(cache, known)
     if cache.share is not None and cache.kind != "searched":
-        return _by_share(cache, steps, known)
+        return _by_share(cache, steps, known, nearest)
     if cache.kind == "mask":
         _check_mask(cache.mask, steps)
         return {branch: Mask(cache.mask) for branch in BRANCHES}
@@ -185,7 +169,7 @@ def rules(cache: StepCache, steps: Sequence[Step], known: Known) -> dict[str, Ru
         return {branch: Mask(mask) for branch in BRANCHES}
     found = known.calibration
     if cache.kind == "searched":
-        mask = _searched(found, cache.share if cache.share is not None else 0.5, len(steps), known.others)
+        mask = _searched(found, cache.share if cache.share is not None else 0.5, len(steps), known.others, nearest)
         return {branch: Mask(mask) for branch in BRANCHES}
     if cache.kind == "magcache":
         if found is None or not found.magcache:
@@ -225,13 +209,13 @@ def described(asked: StepCache, cache: StepCache, rule: Rule) -> str:
     return f"{words} (auto)" if asked.kind == "auto" else words
 
 
-def _by_share(cache: StepCache, steps: Sequence[Step], known: Known) -> dict[str, Rule]:
+def _by_share(cache: StepCache, steps: Sequence[Step], known: Known, nearest: bool) -> dict[str, Rule]:
     """The rules that compute no more than the share: of the fewest steps reused in a row the lowest threshold.
 
     Where the calibration of magcache computes more than a fifth of the steps at first, a fifth is tried besides.
     """
     assert cache.share is not None
-    most, fewest = int(cache.share * len(steps) + 1e-9), len(steps)
+    most, fewest, last = int(cache.share * len(steps) + 1e-9), len(steps), cache
     tries: list[tuple[int | None, float | None]] = [(cache.max_skips, cache.retention)]
     if cache.kind == "magcache":
         retentions = [None, 0.2] if cache.retention is None and _retention(known) > 0.2 else [cache.retention]
@@ -240,9 +224,12 @@ def _by_share(cache: StepCache, steps: Sequence[Step], known: Known) -> dict[str
         threshold = 1e-4 * 10 ** (number / 20)  # to 1
         made = replace(cache, share=None, threshold=threshold, max_skips=max_skips, retention=retention)
         count = computed_mask(rules(made, steps, known).values(), steps).count("#")
-        fewest = min(fewest, count)
+        if count < fewest:
+            fewest, last = count, made
         if count <= most:
             return rules(made, steps, known)
+    if nearest and fewest < len(steps):
+        return rules(last, steps, known)
     raise WanFastError(
         f"--step-cache {cache.kind}:{cache.share:.0%} is {most} of {len(steps)} steps, and it computes {fewest} at the "
         "fewest; ask for more"
@@ -264,15 +251,17 @@ def _check_mask(mask: str, steps: Sequence[Step]) -> None:
             )
 
 
-def _searched(found: Calibration | None, share: float, num_steps: int, others: Sequence[str]) -> str:
+def _searched(found: Calibration | None, share: float, num_steps: int, others: Mapping[str, str], nearest: bool) -> str:
     if found is None or not found.masks:
         raise WanFastError("--step-cache searched: no mask was searched for this model; run wan-fast calibrate --search")
-    if found.num_steps != num_steps or any("shift" in other for other in others):
+    if {"num_steps", "shift"} & set(others):
         raise WanFastError(
-            f"--step-cache searched: masks were searched for {found.num_steps} steps at shift {found.shift:g}, this run has "
-            f"{num_steps}; run wan-fast calibrate --search for it, or take --step-cache magcache"
+            f"--step-cache searched: masks were searched for {found.num_steps} steps at shift {found.shift:g}, this run of "
+            f"{num_steps} is another; run wan-fast calibrate --search for it, or take --step-cache magcache"
         )
     fitting = [row["mask"] for row in found.masks if row["mask"].count("#") <= share * num_steps + 1e-9]
+    if not fitting and nearest:
+        return min((row["mask"] for row in found.masks), key=lambda mask: mask.count("#"))
     if not fitting:
         fewest = min(row["mask"].count("#") for row in found.masks)
         raise WanFastError(
@@ -305,11 +294,11 @@ def with_caches(
     The first `zero` steps predict nothing (CFG-Zero*). Both passes of a step are reused where the rules of both allow it:
     guidance would multiply what residuals of different steps differ by.
 
-    From the start of the CFG cache on the conditional pass follows its own rule. Where it is computed, the unconditional pass
-    is reconstructed if the last difference is of fewer than N steps before, and else computed, as it is at the first step of
-    an expert and, but for a gate, at the last of all. Where the conditional pass is reused, both are if their residuals are of
-    the same step, else the unconditional one is reconstructed. While that is reconstructed the counters of its rule stand
-    still, and they begin anew as it is computed.
+    From the start of the CFG cache on the conditional pass follows its own rule, and that of the unconditional one is asked no
+    more: its counters stand still. Where the conditional pass is computed, the unconditional one is reconstructed if the last
+    difference is of fewer than N steps before, and else computed, as it is at the first step of an expert and, but for a gate,
+    at the last of all. Where the conditional pass is reused, both are if their residuals are of the same step, else the
+    unconditional one is reconstructed.
 
     Args:
         steps: the plan, all of it computed but for `without_guidance`.
@@ -339,8 +328,6 @@ def with_caches(
             unconditional = "reuse" if twins else "reconstruct"
         else:
             unconditional = "run" if cfg.every and i - source >= cfg.every else "reconstruct"
-            if unconditional == "run":
-                _decided(rules_of[1:], i, True)
         if conditional == "run":
             twins = unconditional == "run"
         if unconditional == "run":

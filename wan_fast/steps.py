@@ -19,6 +19,9 @@ from math import expm1, inf, log
 
 from wan_fast.tasks import NUM_TRAIN_TIMESTEPS, TaskSpec
 
+# of a pass, in a schedule as text
+LETTERS = {"run": "#", "reuse": ".", "reconstruct": "~", "zero": "0", "none": "-"}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
