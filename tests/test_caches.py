@@ -11,7 +11,7 @@ from wan_fast.calibration import Calibration, Wanted, best, own, read, write
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import Device, named
 from wan_fast.planning import plan, set_up
-from wan_fast.quality import PRESETS, UNSET, settle
+from wan_fast.quality import MEASURED, PRESETS, UNSET, settle
 from wan_fast.skipping import computed_mask, teacache
 from wan_fast.steps import step_plan
 from wan_fast.tasks import TASKS
@@ -302,6 +302,18 @@ def test_options_of_attention_in_8_bits_wait_for_the_presets_choice():
     assert sum(step.attention == "exact" for step in plan(config, Request(prompt="a cat"), on="h200").steps) == 3
     with pytest.raises(WanFastError, match="--keep_steps is for attention in 8 bits"):
         set_up(replace(config, checkpoint="tiny", device="cpu"))
+
+
+def test_presets_state_what_was_measured():
+    """What the plan says of a preset is what bench/results/quality.md holds."""
+    from pathlib import Path
+
+    sections = (Path(__file__).parents[1] / "bench" / "results" / "quality.md").read_text().split("\n## ")
+    for name, found in MEASURED.items():
+        for num_steps, (passes, psnr, ssim) in found.items():
+            section = next(text for text in sections if text.startswith(f"{num_steps} steps"))
+            (row,) = [line.split("|") for line in section.splitlines() if line.startswith(f"| {name} |")]
+            assert [row[2].split(",")[0].strip(), row[3].strip(), row[5].strip()] == [str(passes), f"{psnr}", f"{ssim:.4f}"]
 
 
 def test_lossless_leaves_nothing_out():

