@@ -99,7 +99,7 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "CFG-Zero*": {"1": (PICTURE, {"cfg_zero": 1})},
     "steps": {"8": (PICTURE, {"num_steps": 8})},
 }
-# what holds where it is not named; besides: fp32, exact attention, UniPC, guidance 5
+# what holds where it is not named; besides these fp32, exact attention, UniPC and guidance 5
 DEFAULTS: Mapping[str, Any] = {
     "task": "t2v-1.3B", "prompt": "a red ball bounces", "negative_prompt": "blurred", "size": (64, 64), "num_frames": 5,
     "seed": 0,

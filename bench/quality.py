@@ -54,9 +54,8 @@ from wan_fast.steps import LETTERS, Step
 COLOURS = ("red", "orange", "yellow", "green", "blue")
 THINGS = ("circle on white moves left", "square on grey rotates", "triangle on black bounces", "star on sky grows")
 PROMPTS = [f"a {colour} {thing}" for colour in COLOURS for thing in THINGS]
-# of tiny: number of steps -> prompts, and those of the runs in 8 bits, which have no cache
+# of tiny: number of steps -> prompts
 STEPS = {12: 8, 50: 2}
-PROMPTS_IN_8_BITS = 20
 # prompts whose steps are also measured at the latents of the full run
 FORCED = 2
 TINY = {"task": "ti2v-5B", "checkpoint": "tiny", "device": "cpu"}
@@ -400,14 +399,12 @@ def _shown(rows: Mapping[str, Row]) -> dict[str, Row]:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def section(
-    engines: Engines, title: str, names: Sequence[str], requests: Sequence[Request]
-) -> tuple[list[str], dict[str, Any]]:
+def section(engines: Engines, names: Sequence[str], requests: Sequence[Request]) -> tuple[list[str], dict[str, Any]]:
     """Measure the runs at one number of steps, printing line by line; the Markdown, and the chart's numbers."""
     plans = {name: _planned(engines, name, requests[0]) for name in names}
     engine = engines.of({})
     usual = engine.plan(requests[0])
-    lines = [f"## {title}{len(usual.steps)} steps, {usual.forwards} passes, {len(requests)} prompts", "", HEAD]
+    lines = [f"## {len(usual.steps)} steps, {usual.forwards} passes, {len(requests)} prompts", "", HEAD]
     lines.append("| --- |" + " --- |" * (HEAD.count("|") - 2))
     print("\n".join(lines), flush=True)
     full = [full_run(engine, request) for request in requests]
@@ -463,8 +460,7 @@ Videos of {what} against those of the full run, {dtype} with nothing left out, o
 guidance, so its distance is no error.
 """
 ABOUT_8_BITS = """\
-"On" a card is what a preset takes there, its 8 bits emulated in fp32. "Kept" are blocks at either end, of 6, that stay in fp32;
-without that word it is the rule, one at either end.
+"On" a card is what a preset takes there, its 8 bits emulated in fp32; quality_8bit.md has those by themselves.
 """
 
 
@@ -490,8 +486,8 @@ def _parser() -> Parser:
     return parser
 
 
-def selected(patterns: Sequence[str]) -> list[str]:
-    """Names of the runs that patterns name; of none, those of caches.
+def selected(patterns: Sequence[str], on_card: bool) -> list[str]:
+    """Names of the runs that patterns name; of none, those of caches, and where it is wanted the presets on a card.
 
     Raises:
         WanFastError: a pattern names no run.
@@ -502,7 +498,7 @@ def selected(patterns: Sequence[str]) -> list[str]:
             raise WanFastError(f"unknown run {pattern!r}; " + (f"did you mean {close[0]!r}?" if close else "see --list"))
     if patterns:
         return [name for name in RUNS if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    return list(CACHED)
+    return [*CACHED, *(ON_CARD if on_card else ())]
 
 
 def _prompts(file: str | None) -> list[str]:
@@ -535,22 +531,23 @@ def run(parsed: argparse.Namespace) -> None:
         some = prompts[: parsed.prompts or number]
         return [Request(prompt=text, seed=seed, num_steps=count, **given) for seed, text in enumerate(some)]
 
-    work = [("", selected(parsed.runs), requests(count, STEPS.get(count, min(STEPS.values())))) for count in steps]
-    if tiny and not parsed.runs:
-        work.append(("8 bits: ", [*IN_8_BITS, *ON_CARD], requests(steps[0], PROMPTS_IN_8_BITS)))
+    work = [
+        (selected(parsed.runs, tiny and count == steps[0]), requests(count, STEPS.get(count, min(STEPS.values()))))
+        for count in steps
+    ]
     device, engines = describe(base["device"]), Engines(base)
     whole = not any(value for name, value in vars(parsed).items() if name not in ("ckpt_dir", "task", "list")) and tiny
     with emulated() if device.type == "cpu" else nullcontext(), torch.inference_mode():
-        for _, names, wanted in work:  # refused before anything is measured
+        for names, wanted in work:  # refused before anything is measured
             for name in names:
                 _planned(engines, name, wanted[0])
         found = [section(engines, *each) for each in work]
     width, height = plain.request.size
     what = f"{'`tiny`' if tiny else parsed.task}, {width}x{height}x{plain.request.num_frames},"
-    about = ABOUT.format(what=what, dtype=plain.dtype, forced=min(FORCED, len(work[0][2]))) + ("\n" + ABOUT_8_BITS) * tiny
+    about = ABOUT.format(what=what, dtype=plain.dtype, forced=min(FORCED, len(work[0][1]))) + ("\n" + ABOUT_8_BITS) * tiny
     folder, pictures = (RESULTS, RESULTS / "charts") if whole else (parsed.out, parsed.out)
     if folder:
-        charts.quality(pictures / "quality.png", {str(n): numbers for n, (_, numbers) in zip(steps, found, strict=False)})
+        charts.quality(pictures / "quality.png", {str(n): numbers for n, (_, numbers) in zip(steps, found, strict=True)})
         link = f"![PSNR against passes, and error by step]({(pictures / 'quality.png').relative_to(folder)})"
         text = "\n".join(["# Quality", "", about, link, "", *(line for lines, _ in found for line in lines)])
         (folder / "quality.md").write_text(text.rstrip() + "\n", encoding="utf-8")
