@@ -32,7 +32,7 @@ def planned(quality: str, task: str, checkpoint: str | None, video: tuple[int, i
         task=task,
         checkpoint=checkpoint,
         quality=quality,  # type: ignore[arg-type]
-        device=str(device),
+        device=str(device) if device.type == "cuda" else "cpu",
         vram=2**50,
     )
     return plan(config, Request(prompt="a cat", size=video[:2], num_frames=video[2], num_steps=50))

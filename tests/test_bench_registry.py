@@ -7,7 +7,7 @@ from kernel_cases import CASES as SMALL_CASES
 from kernel_cases import arguments, run
 from models import random_dit
 
-from bench import networks, operations, registry, vae
+from bench import networks, operations, presets, registry, vae
 from bench.cases import CASES
 from bench.official import Habits, official_step
 from bench.registry import OURS, Case, NotHere, Work
@@ -21,7 +21,7 @@ from wan_fast.tasks import VAES
 
 META, CPU = torch.device("meta"), torch.device("cpu")
 FIRST = {case.group: case.name for case in reversed(CASES)}
-BUILT_ON_META = [case for case in CASES if case.group not in ("run", "denoise")]
+BUILT_ON_META = [case for case in CASES if case.group not in ("run", "quality")]
 
 
 @pytest.mark.parametrize("case", BUILT_ON_META, ids=lambda case: case.name)
@@ -46,11 +46,12 @@ def test_every_case_runs_on_meta_and_states_its_work(case):
     assert set(work.rates) <= set(work.arms)
 
 
-def test_denoising_runs_every_step_in_both_branches():
+def test_a_preset_runs_the_passes_of_its_plan():
     with torch.no_grad():
-        work = networks.denoising("t2v-1.3B", (64, 64, 5), 2, META)
+        work = presets.denoising("ti2v-5B", "tiny", (128, 128, 33), ("fast",), META)
         flops = sum(done.flops for done in counted(work.arms[OURS]()).values())
-    assert flops == pytest.approx(work.flops, rel=0.02)
+        every = sum(done.flops for done in counted(work.arms[f"{OURS}, --quality lossless"]()).values())
+    assert flops == pytest.approx(work.flops, rel=0.06) and flops == pytest.approx(0.38 * every, rel=0.06)
 
 
 @pytest.mark.parametrize("id", ["B2-2x3x2-N4-K24-2of3-from0", "B1-1x1x2-N24-K128-1of1-from0"])
