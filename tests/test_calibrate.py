@@ -125,7 +125,7 @@ def test_the_shortest_path_is_the_best_mask():
     for share in (0.8, 0.6, 0.5, 0.4):
         inner = [set(chosen) for chosen in combinations(range(1, 8), int(share * 9) - 2)]
         masks = ["#" + "".join(".#"[i in chosen] for i in range(1, 8)) + "#" for chosen in inner]
-        assert shortest_paths(record, steps, gains, 1, [share]) == [min(masks, key=cost)]
+        assert shortest_paths(record, steps, gains, [share]) == [min(masks, key=cost)]
 
 
 def test_the_search_never_reuses_across_experts():
@@ -135,7 +135,7 @@ def test_the_search_never_reuses_across_experts():
     for i in range(20):
         for j in range(i + 1, min(20, i + 7)):
             record.errors[i, j] = 1.0
-    for mask in shortest_paths(record, steps, {1: 1.0, 18: 1.0}, 1, [0.8, 0.5, 0.4]):
+    for mask in shortest_paths(record, steps, {1: 1.0, 18: 1.0}, [0.8, 0.5, 0.4]):
         assert mask[0] == mask[switch] == mask[-1] == "#" and len(mask) == 20
 
 
@@ -228,6 +228,12 @@ def test_without_matplotlib_the_curve_is_refused_beforehand(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     with pytest.raises(WanFastError, match="matplotlib, which is not installed; pip install matplotlib, or add --curve off"):
         calibrate(tiny(), SMALL, Recording())
+
+
+@pytest.mark.parametrize("caches", [{"quality": "fast"}, {"cfg_zero": 1}, {"step_cache": "every:2"}, {"cfg_cache": "gate"}])
+def test_runs_with_something_left_out_are_no_calibration(caches):
+    with pytest.raises(WanFastError, match="of runs with nothing left out"):
+        calibrate(tiny(**caches), replace(SMALL, num_steps=12), Recording(curve="off"))
 
 
 def test_an_empty_file_of_prompts(tmp_path):

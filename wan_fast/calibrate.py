@@ -140,6 +140,8 @@ def calibrate(
     config = replace(config, checkpoint=str(path))
     setup = set_up(config)
     todo = plan(config, requests[0], setup)
+    if todo.forwards != todo.forwards_uncached:
+        raise WanFastError("calibration is of runs with nothing left out; leave out the caches, CFG-Zero* and the preset")
     if len(todo.steps) <= FEW_STEPS:
         raise WanFastError(
             f"--sample_steps {len(todo.steps)}: of {FEW_STEPS} steps or fewer none is reused; give the number that you run"
@@ -164,7 +166,7 @@ def calibrate(
     shares = SHARES if recording.search else CURVE if picture else ()
     masks = by_rule(todo, Known(calibration=found, distances=signals.__getitem__), shares)
     if recording.search:
-        masks["shortest path"] = shortest_paths(record, todo.steps, trials.gains(todo, record), len(texts), shares)
+        masks["shortest path"] = shortest_paths(record, todo.steps, trials.gains(todo, record), shares)
         found = replace(found, masks=trials.best(masks))
     calibration.write(target, model, [found, *(entry for entry in others if not _same_run(entry, found))])
     points = trials.points(todo, masks) if picture else []
@@ -263,7 +265,7 @@ class Trials:
         return plans[0].forwards, self._mean(plans)
 
     def gains(self, todo: Plan, record: Record) -> dict[int, float]:
-        """Step -> RMS of the final latents' error per that of its velocity, from runs that reuse it alone."""
+        """Step -> RMS of the final latents' error per the record's error of its velocity, from runs that reuse it alone."""
         able = sorted({*range(len(todo.steps))} - {*skipping.forced(todo.steps)})
         gains = {}
         for i in able[:: max(1, len(able) // PROBES)]:
@@ -304,16 +306,14 @@ def _masked(todo: Plan, mask: str) -> Plan:
     return replace(todo, steps=skipping.with_caches(todo.steps, {branch: skipping.Mask(mask) for branch in BRANCHES}, None))
 
 
-def shortest_paths(
-    record: Record, steps: Sequence[Step], gains: Mapping[int, float], prompts: int, shares: Sequence[float]
-) -> list[str]:
+def shortest_paths(record: Record, steps: Sequence[Step], gains: Mapping[int, float], shares: Sequence[float]) -> list[str]:
     """For each share of the steps the mask of the least sum of errors of the final latents."""
     N, always = len(steps), set(skipping.forced(steps))
 
     def cost(source: int, step: int) -> float:
         """What a step that takes this residual adds to the error."""
         total = record.errors.get((source, step))
-        return inf if total is None else total / prompts * _between(gains, step)
+        return inf if total is None else total * _between(gains, step)
 
     # least[count][i]: of the masks of steps 0 .. i that end with a computed step
     least: list[dict[int, tuple[float, str]]] = [{}, {0: (0.0, "#")}]
