@@ -37,19 +37,19 @@ def yardstick(count: int) -> None:
 
 
 def plan(count: int) -> None:
-    from wan_fast.steps import step_plan
+    from wan_fast.steps import official, step_plan
     from wan_fast.tasks import TASKS
 
-    step_plan(TASKS["t2v-A14B"], "unipc", count, 12.0, (3.0, 4.0))
+    step_plan(TASKS["t2v-A14B"], official("unipc", count, 12.0), (3.0, 4.0))
 
 
 def sampler(count: int) -> None:
     from wan_fast.sampler import denoise
-    from wan_fast.steps import step_plan
+    from wan_fast.steps import official, step_plan
     from wan_fast.tasks import TASKS
 
     # planned for one length, so that only the loop differs
-    steps = step_plan(TASKS["ti2v-5B"], "unipc", LENGTHS[-1], 5.0, (5.0, 5.0))[:count]
+    steps = step_plan(TASKS["ti2v-5B"], official("unipc", LENGTHS[-1], 5.0), (5.0, 5.0))[:count]
     nothing = Nothing()
     denoise(steps, nothing, lambda *_: (nothing, nothing), lambda *_: None)  # type: ignore[arg-type,return-value]
 

@@ -27,8 +27,8 @@ from wan_fast.config import EngineConfig, Request
 from wan_fast.dit import WanDiT, grid_of
 from wan_fast.kernels import only_reference
 from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
+from wan_fast.memory import DECODES
 from wan_fast.names import DIT_NAMES, VAE21_NAMES, VAE22_NAMES, Rules, native_name
-from wan_fast.planning import DECODES
 from wan_fast.profiling import busy
 from wan_fast.tasks import TASKS, VAES
 from wan_fast.vae import WanVAE

@@ -26,6 +26,7 @@ from unittest.mock import patch
 import torch
 from models import relative_error, write_native
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -39,9 +40,10 @@ from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.dit import Context, WanDiT, grid_of, sinusoid
 from wan_fast.engine import Engine
 from wan_fast.manifest import DiTDims
-from wan_fast.planning import Plan, Setup, plan, set_up
+from wan_fast.planning import Plan, plan
 from wan_fast.quality import PRESETS
 from wan_fast.schedule import fingerprint
+from wan_fast.setup import Setup, set_up
 from wan_fast.steps import Step
 from wan_fast.tasks import TASKS
 
@@ -94,7 +96,14 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
         "ti2v-5B": (PICTURE, {"task": "ti2v-5B"}),
         "ti2v-5B, image": (PICTURE, {"task": "ti2v-5B", "image": "picture.png"}),
     },
-    "solver": {"dpm++": (PICTURE, {"solver": "dpm++"}), "euler": (PICTURE, {"solver": "euler"})},
+    "solver": {
+        "dpm++": (PICTURE, {"solver": "dpm++"}),
+        "euler": (PICTURE, {"solver": "euler"}),
+        "lcm": (PICTURE, {"solver": "lcm"}),
+    },
+    "preset": {"rcm-4step": (PICTURE, {"preset": "rcm-4step", "num_steps": 4})},
+    "LoRA": {"at 0.5": (PICTURE, {"lora": ("lora.safetensors:0.5",)})},
+    "prompt cache": {"off": (SAME, {"no_cache": True})},
     "guidance": {"1": (PICTURE, {"guidance_scale": 1.0})},
     "CFG-Zero*": {"1": (PICTURE, {"cfg_zero": 1})},
     "steps": {"8": (PICTURE, {"num_steps": 8})},
@@ -114,6 +123,15 @@ BESIDE = {
         if chosen["cfg_cache"] == "off"
     },
     ("VAE dtype bf16", "task ti2v-5B, image"): ROUNDED,
+    # of models distilled to a few steps, which have no guidance
+    **{
+        (f"quality {preset}", beside): SAME
+        for preset in ("high", "fast", "draft")
+        for beside in ("solver lcm", "preset rcm-4step")
+    },
+    ("solver lcm", "preset rcm-4step"): SAME,
+    ("guidance 1", "solver lcm"): SAME,
+    ("guidance 1", "preset rcm-4step"): SAME,
 }
 # options that presets give way to: what they chose themselves may be the same or not
 GIVEN = ("step cache", "CFG cache")
@@ -189,6 +207,7 @@ class Lab:
             write_native(folder / task, task, width=128)
             _shorten_text(folder / task)
             _calibrate(folder / task, task)
+        _write_lora(folder / "lora.safetensors")
 
     def settle(self, *values: Value, num_steps: int = SHORT) -> tuple[Setup, Plan]:
         """What a configuration and a request of these values come to; num_steps: where they say nothing of it.
@@ -201,6 +220,8 @@ class Lab:
             settings |= {name: given for value in values for name, given in value.settings.items()}
             if "image" in settings:
                 settings["image"] = str(self.folder / settings["image"])
+            if "lora" in settings:
+                settings["lora"] = tuple(str(self.folder / lora) for lora in settings["lora"])
             of_request = {option.name for option in fields(Request)}
             request = Request(**{name: given for name, given in settings.items() if name in of_request})
             others = {name: given for name, given in settings.items() if name not in of_request}
@@ -219,9 +240,11 @@ class Lab:
     def written_out(self, todo: Plan) -> Tensor:
         """[C, T, H, W] that the formulas make of the plan's rows, with the model in fp32."""
         steps = tuple(replace(step, attention="exact") for step in todo.steps)
-        key = todo.config.task, todo.request, steps, todo.config.cfg_zero is None
+        key = todo.config.task, todo.request, steps, todo.config.cfg_zero is None, todo.config.lora
         if key not in self._written_out:
-            setup, _ = self.settle(*(value for value in VALUES if value.settings == {"task": todo.config.task}))
+            models = [value for value in VALUES if value.settings == {"task": todo.config.task}]
+            models += [value for value in VALUES if value.option == "LoRA" and todo.config.lora]
+            setup, _ = self.settle(*models)
             self._written_out[key] = written_out(self._engine(setup, todo), todo)
         return self._written_out[key]
 
@@ -302,7 +325,7 @@ def _built_of(setup: Setup, todo: Plan) -> Any:
     kernels = tuple((kernel.op, kernel.backend) for kernel in setup.kernels)
     encoder = setup.vae_dtype if todo.request.image else None
     config = setup.config
-    own = config.skip_softmax, config.convert_model_dtype
+    own = config.skip_softmax, config.convert_model_dtype, config.lora
     return config.task, setup.dtype, forms, kernels, own, encoder, todo.memory.offload
 
 
@@ -356,7 +379,10 @@ def written_out(engine: Engine, todo: Plan) -> Tensor:
         [C, T, H, W] fp32, the final latents.
     """
     given = PREPARE[engine.spec.kind](todo.request, engine)
-    x = torch.randn(todo.latent_shape, generator=torch.Generator().manual_seed(todo.request.seed))
+    generator = torch.Generator().manual_seed(todo.request.seed)
+    x = torch.randn(todo.latent_shape, generator=generator)
+    if todo.request.preset:  # rCM starts on its first noise level
+        x = todo.steps[0].sigma * x
     known = x[:, :0] if given.known is None else given.known
     x[:, : known.shape[1]] = known
     sample, older, oldest, difference = (torch.zeros_like(x) for _ in range(4))
@@ -392,6 +418,8 @@ def written_out(engine: Engine, todo: Plan) -> Tensor:
             x = _weighed(step.corrector, sample, x0, older, oldest)
         sample, x = x, _weighed(step.predictor, x, x0, older)
         older, oldest = x0, older
+        if step.noise is not None:
+            x = x + step.noise * torch.randn(todo.latent_shape, generator=generator)
         x[:, : known.shape[1]] = known
     return x
 
@@ -422,6 +450,13 @@ def _shorten_text(folder: Path) -> None:
     """Let a checkpoint's models read 16 tokens of text: most of a run's time would be that of 512."""
     for file in folder.rglob("config.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"text_len": 16}))
+
+
+def _write_lora(file: Path) -> None:
+    """One for all the models, whose blocks are alike: of a linear, a bias and a modulation."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = {"ffn.0.lora_down.weight": (2, 128), "ffn.0.lora_up.weight": (320, 2), "diff_m": (1, 6, 128)}
+    save_file({f"blocks.1.{name}": 0.2 * torch.randn(size, generator=generator) for name, size in sizes.items()}, file)
 
 
 def _calibrate(folder: Path, task: str) -> None:

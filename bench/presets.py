@@ -70,7 +70,7 @@ def denoising(
             solver = Solver(todo.steps, noise)
             branches = Branches(todo.steps, lambda name: model, {}, 0, device)
             branches.contexts = {("model", branch): parts["context"] for branch in ("conditional", "unconditional")}
-            denoise(todo.steps, solver.latents, branches, solver)
+            denoise(todo.steps, branches, solver)
             return solver.latents
 
         return call

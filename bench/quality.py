@@ -20,6 +20,7 @@ from fnmatch import fnmatchcase
 from math import inf, log10
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,15 +41,16 @@ from bench.quality_8bit import (  # noqa: F401, some are for those who import th
     synthetic_errors,
 )
 from wan_fast import engine as engines
-from wan_fast import planning, sampler
+from wan_fast import planning, sampler, setup
 from wan_fast.attention import Attention8bit, of_projection
+from wan_fast.branches import Branches
 from wan_fast.calibrate import guided
 from wan_fast.config import EngineConfig, Request, WanFastError, parse_size
 from wan_fast.device import describe, named
 from wan_fast.engine import Engine
 from wan_fast.flags import Parser
 from wan_fast.quality import PRESETS, settle
-from wan_fast.sampler import Advance, Velocities
+from wan_fast.solver import Solver
 from wan_fast.steps import LETTERS, Step
 
 COLOURS = ("red", "orange", "yellow", "green", "blue")
@@ -169,19 +171,17 @@ class Full:
     latents: list[Tensor] = field(default_factory=list)
     velocities: list[Tensor] = field(default_factory=list)
 
-    def denoise(
-        self, steps: Sequence[Step], latents: Tensor, velocities: Velocities, advance: Advance, **settings: Any
-    ) -> None:
+    def denoise(self, steps: Sequence[Step], branches: Branches, solver: Solver, **settings: Any) -> None:
         """`sampler.denoise`, and keeps what it sees."""
 
         def seen(step: Step, latents: Tensor) -> tuple[Tensor, Tensor | None]:
             self.latents.append(_on_host(latents))
-            pair = velocities(step, latents)
+            pair = branches.velocities(step, latents)
             self.velocities.append(_on_host(guided(step, *pair)))
             return pair
 
-        sampler.denoise(steps, latents, seen, advance, **settings)
-        self.latents.append(_on_host(latents))
+        sampler.denoise(steps, SimpleNamespace(load=branches.load, velocities=seen), solver, **settings)  # type: ignore[arg-type]
+        self.latents.append(_on_host(solver.latents))
 
 
 @dataclass(slots=True)
@@ -198,20 +198,20 @@ class Walk:
     cosines: list[float] = field(default_factory=list)
     psnrs: list[float] = field(default_factory=list)
 
-    def denoise(
-        self, steps: Sequence[Step], latents: Tensor, velocities: Velocities, advance: Advance, **settings: Any
-    ) -> None:
+    def denoise(self, steps: Sequence[Step], branches: Branches, solver: Solver, **settings: Any) -> None:
         """`sampler.denoise`, compared step by step; then the velocities again, at the full run's latents."""
+        report = settings.pop("on_step", None)
 
-        def compared(step: Step, conditional: Tensor, unconditional: Tensor | None) -> None:
-            advance(step, conditional, unconditional)
-            own, known = _on_host(latents), self.full.latents[step.index + 1]
+        def compared(step: Step) -> None:
+            own, known = _on_host(solver.latents), self.full.latents[step.index + 1]
             self.cosines.append(cosine(own, known))
             self.psnrs.append(psnr(own, known, (known.max() - known.min()).item()))
+            if report:
+                report(step)
 
-        sampler.denoise(steps, latents, velocities, compared, **settings)
+        sampler.denoise(steps, branches, solver, on_step=compared, **settings)
         for step in steps if self.forced else ():
-            pair = velocities(step, self.full.latents[step.index].to(latents.device))
+            pair = branches(step, self.full.latents[step.index].to(solver.latents.device))
             self.errors.append(relative(_on_host(guided(step, *pair)), self.full.velocities[step.index]))
 
 
@@ -260,7 +260,7 @@ class Engines:
         """A preset's choices as if each had been asked for: what cannot be done of them is refused, not left out."""
         given = {name: value for name, value in options.items() if name != "variant"}
         config = EngineConfig(**{**self.base, **given})
-        return planning.set_up(config).config if config.quality else config
+        return setup.set_up(config).config if config.quality else config
 
     def of(self, options: Mapping[str, Any]) -> Engine:
         """The engine of a row of RUNS."""

@@ -22,7 +22,7 @@ from wan_fast.config import WanFastError, parse_size
 from wan_fast.counting import flops_so_far
 from wan_fast.engine import DTYPES, tf32_convolutions
 from wan_fast.manifest import VaeDims
-from wan_fast.planning import DECODES
+from wan_fast.memory import DECODES
 from wan_fast.roofs import copy_rate, product_rate
 from wan_fast.tasks import VAES
 from wan_fast.vae import AttentionBlock, CausalConv3d, PointwiseConv3d, ResidualBlock, RMSNorm, Upsample, WanVAE

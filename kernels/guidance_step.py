@@ -4,12 +4,12 @@
     x0 = x - sigma v
     x = c . (x, sample, x0, older, oldest)                     the corrector, (1, 0, 0, 0, 0) where a solver has none
     sample, older, oldest = x, x0, older
-    latents = p . (x, x0, older)                               the predictor
+    latents = p . (x, x0, older) + n noise                     the predictor; few-step samplers add noise again
 
-`weights` are (g, sigma, c, p), 10 numbers on the device, so that a captured step replays with the next row. Latents that
-are known overwrite the first t frames. C channels, T frames, H W; everything is fp32.
+`weights` are (g, sigma, c, p, n), 11 numbers on the device, so that a captured step replays with the next row. Latents that
+are known overwrite the first t frames, after the noise. C channels, T frames, H W; everything is fp32.
 
-Bytes per latent: 40 with both velocities, 210 MB for latents of 48x31x44x80: 49 us at 4.3 TB/s.
+Bytes per latent: 40 with both velocities, 210 MB for latents of 48x31x44x80: 49 us at 4.3 TB/s. Noise is 4 more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from . import _check
 from ._op import register
 
-WEIGHTS = 10
+WEIGHTS = 11
 
 
 @triton.jit
@@ -33,12 +33,14 @@ def _guidance_step_kernel(
     oldest_ptr,
     conditional_ptr,
     unconditional_ptr,  # not read without GUIDED
+    noise_ptr,  # not read without NOISED
     known_ptr,  # [C, t, H, W], not read where KNOWN is False
-    weights_ptr,  # [10]
+    weights_ptr,  # [11]; the last is not read without NOISED
     count,
     channel,  # T H W
     known_channel,  # t H W
     GUIDED: tl.constexpr,
+    NOISED: tl.constexpr,
     KNOWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -58,6 +60,8 @@ def _guidance_step_kernel(
     tl.store(older_ptr + i, x0, mask=mask)
     tl.store(oldest_ptr + i, older, mask=mask)
     x = tl.load(weights_ptr + 7) * x + tl.load(weights_ptr + 8) * x0 + tl.load(weights_ptr + 9) * older
+    if NOISED:
+        x += tl.load(weights_ptr + 10) * tl.load(noise_ptr + i, mask=mask)
     if KNOWN:
         within = i % channel
         given = within < known_channel
@@ -82,6 +86,7 @@ def _launch(
     unconditional: Tensor | None,
     weights: Tensor,
     known: Tensor | None,
+    noise: Tensor | None,
 ) -> None:
     C, count = latents.shape[0], latents.numel()
     config = _config(count)
@@ -93,12 +98,14 @@ def _launch(
             oldest,
             conditional,
             unconditional,
+            noise,
             known,
             weights,
             count,
             count // C,
             0 if known is None else known.numel() // C,
             GUIDED=unconditional is not None,
+            NOISED=noise is not None,
             KNOWN=known is not None,
             **config,
         )
@@ -113,6 +120,7 @@ def _reference(
     unconditional: Tensor | None,
     weights: Tensor,
     known: Tensor | None,
+    noise: Tensor | None,
 ) -> None:
     w = weights.unbind()
     v = conditional if unconditional is None else unconditional + w[0] * (conditional - unconditional)
@@ -121,6 +129,8 @@ def _reference(
     oldest.copy_(older)
     torch.add(w[7] * sample + w[8] * x0, w[9] * older, out=latents)
     older.copy_(x0)
+    if noise is not None:
+        latents += w[10] * noise
     if known is not None:
         latents[:, : known.shape[1]] = known
 
@@ -134,6 +144,7 @@ def _fake(
     unconditional: Tensor | None,
     weights: Tensor,
     known: Tensor | None,
+    noise: Tensor | None,
 ) -> None:
     pass
 
@@ -152,6 +163,7 @@ def guidance_step(
     unconditional: Tensor | None,
     weights: Tensor,
     known: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> None:
     """Combine the branches' velocities and take the solver's step, in place.
 
@@ -161,8 +173,9 @@ def guidance_step(
         older, oldest: [C, T, H, W] the clean clips predicted one and two steps back; moved on. Zeros at first.
         conditional: [C, T, H, W] velocity.
         unconditional: [C, T, H, W] velocity; None leaves guidance out.
-        weights: [10] fp32: guidance scale, sigma, five of the corrector, three of the predictor.
-        known: [C, t, H, W] latents that overwrite the first t frames of the next ones.
+        weights: [11] fp32: guidance scale, sigma, five of the corrector, three of the predictor, one of the noise.
+        known: [C, t, H, W] latents that overwrite the first t frames of the next ones, after the noise.
+        noise: [C, T, H, W] added to the next latents by its weight; None leaves both out.
 
     Returns:
         None: latents, sample, older and oldest [C, T, H, W] are changed.
@@ -171,7 +184,7 @@ def guidance_step(
         ValueError: shapes, dtypes or strides are others.
     """
     op = "guidance_step"
-    alike = {"sample": sample, "older": older, "oldest": oldest, "conditional": conditional, "unconditional": unconditional}
+    alike = dict(sample=sample, older=older, oldest=oldest, conditional=conditional, unconditional=unconditional, noise=noise)
     fits = latents.ndim == 4 and all(t is None or t.shape == latents.shape for t in alike.values())
     _check.shapes(op, "latents [C, T, H, W] and all others so", fits, latents=latents, **alike)
     _check.shapes(op, f"weights [{WEIGHTS}]", weights.shape == (WEIGHTS,), weights=weights)
@@ -181,4 +194,4 @@ def guidance_step(
     _check.dtypes(op, (torch.float32,), latents=latents, weights=weights, known=known, **alike)
     _check.one_device(op, latents=latents, weights=weights, known=known, **alike)
     _check.dense(op, latents=latents, weights=weights, known=known, **alike)
-    _op(latents, sample, older, oldest, conditional, unconditional, weights, known)
+    _op(latents, sample, older, oldest, conditional, unconditional, weights, known, noise)

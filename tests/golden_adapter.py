@@ -12,9 +12,10 @@ from wan_fast import checkpoint, manifest
 from wan_fast.config import EngineConfig, Request
 from wan_fast.dit import WanDiT, grid_of
 from wan_fast.encoders import TextEncoder, Tokenizer
-from wan_fast.engine import Engine, load_model
+from wan_fast.engine import Engine
+from wan_fast.loading import load_model
 from wan_fast.solver import Solver
-from wan_fast.steps import Step, sigma_grid, solver_rows
+from wan_fast.steps import Step, official, sigma_grid, solver_rows
 from wan_fast.vae import WanVAE
 
 TASK = {"t2v": "t2v-1.3B", "ti2v": "ti2v-5B", "t2v_A14B": "t2v-A14B"}
@@ -92,7 +93,7 @@ class Scheduler:
         name = solver.removeprefix("diffusers_")
         if solver == name:
             sigmas = sigma_grid(name, steps, shift)
-            self.timesteps = [float(int(s * 1000)) for s in sigmas[:-1]]
+            self.timesteps = official(name, steps, shift).timesteps
         else:
             sigmas, self.timesteps = GRIDS[solver](steps, shift)
         self.sigmas = torch.tensor(sigmas, dtype=torch.float64).float()
@@ -117,7 +118,8 @@ class Scheduler:
         if self._solver is None:
             self._solver = Solver(self._steps, latents)
         self._solver.latents.copy_(latents)
-        self._solver(self._steps[self._index], velocity, None)
+        self._solver.load(self._steps[self._index])
+        self._solver.advance(velocity, None)
         self._index += 1
         return self._solver.latents.reshape(x.shape).clone()
 

@@ -127,12 +127,18 @@ def _gelu(*shape: int, bias: bool = True) -> Inputs:
     return lambda dtype: (_randn(*shape, mean=-1.0).to(dtype), _randn(shape[-1], seed=1).to(dtype) if bias else None)
 
 
-def _guidance(C: int, T: int, H: int, W: int, known: int, guided: bool = True) -> Inputs:
+def _guidance(C: int, T: int, H: int, W: int, known: int, guided: bool, noised: bool) -> Inputs:
+    """The weight of noise is NaN where there is none."""
+
     def inputs(dtype: torch.dtype) -> tuple[Any, ...]:
         clips = [_randn(C, T, H, W, seed=seed) for seed in range(6)]
         if not guided:
             clips[5] = None  # type: ignore[call-overload]
-        return *clips, _randn(10, seed=7), _randn(C, known, H, W) if known else None
+        weights = _randn(11, seed=7)
+        if not noised:
+            weights[10] = float("nan")
+        noise = _randn(C, T, H, W, seed=8) if noised else None
+        return *clips, weights, _randn(C, known, H, W) if known else None, noise
 
     return inputs
 
@@ -185,15 +191,19 @@ def _cases() -> list[Case]:
     guidance = [
         Case(
             "guidance_step",
-            f"{C}x{T}x{H}x{W}-known{known}-{'guided' if guided else 'alone'}",
-            _guidance(C, T, H, W, known, guided),
+            f"{C}x{T}x{H}x{W}-known{known}-{'guided' if guided else 'alone'}{'-noised' * noised}",
+            _guidance(C, T, H, W, known, guided, noised),
         )
-        for C, T, H, W, known, guided in [
-            (4, 3, 6, 10, 0, True),
-            (5, 3, 7, 11, 1, True),
-            (3, 1, 1, 5, 0, False),
-            (48, 2, 4, 6, 2, False),
-            (16, 21, 60, 104, 0, True),
+        for C, T, H, W, known, guided, noised in [
+            (4, 3, 6, 10, 0, True, False),
+            (5, 3, 7, 11, 1, True, False),
+            (3, 1, 1, 5, 0, False, False),
+            (48, 2, 4, 6, 2, False, False),
+            (16, 21, 60, 104, 0, True, False),
+            (4, 3, 6, 10, 0, True, True),
+            (5, 3, 7, 11, 1, True, True),
+            (3, 1, 1, 5, 0, False, True),
+            (7, 3, 5, 13, 2, False, True),
         ]
     ]
     patches = [
@@ -719,7 +729,9 @@ def _real_dit_cases() -> list[RealCase]:
         add("qk_norm_rope", task, _args(packed, _meta32(2, D), table, (T, H, W), 0, D // 128, 1e-6), 64, 8)
         add("qk_norm_rope", f"{task}-cross", _args(text, _meta32(1, D), None, (1, 1, 1), 0, 1, 1e-6), 64, 0)
         add("gelu_tanh", task, _args(_meta(1, L, F), None), 40, 0)
-        add("guidance_step", task, _args(*clips, _meta32(10), _meta32(C, 1, 2 * H, 2 * W)), 64, 10)
+        known = _meta32(C, 1, 2 * H, 2 * W)
+        add("guidance_step", task, _args(*clips, _meta32(11), known, None), 64, 10)
+        add("guidance_step", f"{task}-noised", _args(*clips, _meta32(11), known, clips[0]), 64, 11)
         add("patchify", task, _args(_meta32(1, *latents), itself), 80, None)
         add("unpatchify", task, _args(_meta32(1, L, 4 * C), (T, 2 * H, 2 * W)), 80, 0, None)
     return cases

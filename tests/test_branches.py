@@ -12,7 +12,7 @@ from wan_fast.config import EngineConfig, Request
 from wan_fast.engine import Engine
 from wan_fast.manifest import DiTDims
 from wan_fast.skipping import Mask, with_caches
-from wan_fast.steps import step_plan
+from wan_fast.steps import official, step_plan
 from wan_fast.tasks import TASKS
 
 DIMS = DiTDims(dim=256, ffn_dim=320, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=16)
@@ -20,7 +20,7 @@ SHAPE = (4, 3, 8, 6)
 
 
 def plan(masks, cfg="off", *, zero=0, task="t2v-14B", count=6):
-    steps = step_plan(TASKS[task], "euler", count, 5.0, (3.0, 4.0) if task == "t2v-A14B" else (3.0, 3.0))
+    steps = step_plan(TASKS[task], official("euler", count, 5.0), (3.0, 4.0) if task == "t2v-A14B" else (3.0, 3.0))
     rules = {branch: Mask(mask) for branch, mask in zip(("conditional", "unconditional"), masks, strict=True)}
     return with_caches(steps, rules, CfgCache.parse(cfg), zero)
 

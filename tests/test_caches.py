@@ -10,10 +10,11 @@ from wan_fast.caches import CfgCache, StepCache
 from wan_fast.calibration import Calibration, Wanted, best, own, read, write
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import Device, named
-from wan_fast.planning import plan, set_up
+from wan_fast.planning import plan
 from wan_fast.quality import MEASURED, PRESETS, UNSET, settle
+from wan_fast.setup import set_up
 from wan_fast.skipping import computed_mask, teacache
-from wan_fast.steps import step_plan
+from wan_fast.steps import official, step_plan
 from wan_fast.tasks import TASKS
 
 TINY = dict(task="ti2v-5B", checkpoint="tiny", device="cpu")
@@ -179,7 +180,7 @@ def test_published_polynomials():
 )  # fmt: skip
 def test_forwards_of_published_polynomials(model, signal, distance, threshold, computed):
     """At steps that are all as far apart."""
-    steps = step_plan(TASKS["t2v-14B"], "unipc", 50, 5.0, (5.0, 5.0))
+    steps = step_plan(TASKS["t2v-14B"], official("unipc", 50, 5.0), (5.0, 5.0))
     rule = teacache(signal, [0.0, *[distance] * 49], {"model": TEACACHE[model, signal]}, steps, threshold)
     assert computed_mask([rule], steps).count("#") == computed
 

@@ -18,7 +18,7 @@ from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.engine import Engine
 from wan_fast.planning import plan
 from wan_fast.recording import Recording
-from wan_fast.steps import step_plan
+from wan_fast.steps import official, step_plan
 from wan_fast.tasks import TASKS
 
 SMALL = Request(prompt="a red ball", size=(64, 64), num_frames=5, num_steps=10, seed=0)
@@ -34,8 +34,8 @@ def recorded():
     engine, record, residuals = Engine(tiny()), Record(search=True), {}
 
     class Watching(Recorder):
-        def __call__(self, step, latents):
-            exact = super().__call__(step, latents)
+        def velocities(self, step, latents):
+            exact = super().velocities(step, latents)
             residuals.update({(branch, step.index): self.residuals[branch].clone() for branch in BRANCHES})
             return exact
 
@@ -67,8 +67,8 @@ def test_errors_are_those_of_the_guided_velocity(recorded):
     seen = {}
 
     class Watching(Branches):
-        def __call__(self, step, latents):
-            c, u = super().__call__(step, latents)
+        def velocities(self, step, latents):
+            c, u = super().velocities(step, latents)
             seen[self.name, step.index] = u + step.guidance_scale * (c - u)
             return c, u
 
@@ -106,7 +106,7 @@ def test_the_shortest_path_is_the_best_mask():
     from random import Random
 
     random = Random(0)
-    steps = step_plan(TASKS["t2v-14B"], "euler", 9, 5.0, (5.0, 5.0))
+    steps = step_plan(TASKS["t2v-14B"], official("euler", 9, 5.0), (5.0, 5.0))
     record = Record(search=True)
     for i in range(9):
         for j in range(i + 1, min(9, i + 7)):
@@ -129,7 +129,7 @@ def test_the_shortest_path_is_the_best_mask():
 
 
 def test_the_search_never_reuses_across_experts():
-    steps = step_plan(TASKS["t2v-A14B"], "unipc", 20, 12.0, (3.0, 4.0))
+    steps = step_plan(TASKS["t2v-A14B"], official("unipc", 20, 12.0), (3.0, 4.0))
     switch = [step.expert for step in steps].index("low_noise")
     record = Record(search=True)
     for i in range(20):

@@ -266,7 +266,7 @@ import sys, threading, time, torch
 from safetensors.torch import save_file
 from pathlib import Path
 from wan_fast.checkpoint import Part, TensorInfo
-from wan_fast.engine import load_model
+from wan_fast.loading import load_model
 
 def anonymous():  # file-backed pages do not count: the kernel drops them at will
     fields = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)

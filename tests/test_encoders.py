@@ -5,7 +5,7 @@ from recipe import uniform
 
 from wan_fast.checkpoint import locate, open_checkpoint
 from wan_fast.encoders import TextEncoder, Tokenizer, clean
-from wan_fast.engine import load_model
+from wan_fast.loading import load_model
 from wan_fast.manifest import text_shapes
 from wan_fast.tasks import TASKS
 

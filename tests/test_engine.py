@@ -76,7 +76,7 @@ def test_strips_give_the_same_clip(engine, monkeypatch):
 
 
 def test_latents_that_are_not_finite_are_refused(engine, monkeypatch):
-    monkeypatch.setattr("wan_fast.engine.denoise", lambda steps, latents, *_, **__: latents.fill_(float("nan")))
+    monkeypatch.setattr("wan_fast.engine.denoise", lambda steps, _, solver, **__: solver.latents.fill_(float("nan")))
     with pytest.raises(WanFastError, match="latents are NaN or infinite, so there is no picture to decode"):
         engine.generate(SMALL)
 
@@ -231,7 +231,8 @@ def test_convert_model_dtype_rounds_every_weight_of_the_dit(tmp_path):
 
 def test_offload_keeps_one_model_on_the_device(tmp_path, monkeypatch):
     """Moves are recorded where they would happen; the picture stays the same."""
-    config = EngineConfig(task="t2v-A14B", checkpoint=str(write_native(tmp_path, "t2v-A14B")), device="cpu")
+    folder = write_native(tmp_path, "t2v-A14B")
+    config = EngineConfig(task="t2v-A14B", checkpoint=str(folder), device="cpu", no_cache=True)
     request = Request(prompt="a cat", size=(32, 48), num_frames=5, num_steps=4, seed=0)
     engine = Engine(config)
     expected = engine.generate(request).latents

@@ -15,6 +15,7 @@ from wan_fast.config import EngineConfig, Request, WanFastError
 NOT_PAIRED = {
     *("prompt", "negative_prompt", "size", "num_frames", "fps", "shift", "seed", "noise"),
     *("checkpoint", "calibration", "device", "vram", "t5_cpu", "keep_blocks"),
+    "cuda_graphs",  # those that a CPU can stand in for are in test_graphs.py
 }
 BY_NAME = {str(value): value for value in VALUES}
 

@@ -10,7 +10,7 @@ from models import write_native
 from PIL import Image
 from safetensors.torch import save_file
 
-from wan_fast import manifest, planning
+from wan_fast import manifest, memory, planning, setup
 from wan_fast.attention import Attention8bit
 from wan_fast.backends import FUSED, FUSED_8BIT, IN_8_BITS, OF_ATTENTION
 from wan_fast.config import EngineConfig, Request, WanFastError
@@ -39,7 +39,7 @@ def gpu(monkeypatch, tmp_path):
 
     def pretend(gib, model="NVIDIA H100 80GB HBM3", capability=(9, 0)):
         device = Device(name="cuda:0", model=model, memory=gib * GIB, free=gib * GIB, capability=capability)
-        monkeypatch.setattr(planning, "describe", lambda name: device)
+        monkeypatch.setattr(setup, "describe", lambda name: device)
 
     return pretend
 
@@ -156,7 +156,7 @@ def test_denoising_memory_is_what_the_model_takes(task, dtype, scaling, attentio
 
         measured = peak_bytes(step)
     size = 2 if dtype == torch.bfloat16 else 4
-    predicted = planning._denoise_bytes({"model": dims}, shape, size, True, {"model": forms}, bool(attention))
+    predicted = memory._denoise_bytes({"model": dims}, shape, size, True, {"model": forms}, bool(attention))
     assert measured <= predicted <= 1.2 * measured
 
 
@@ -188,7 +188,7 @@ def test_decoding_memory_is_what_the_vae_takes(version, latents, decode, dtype):
                     pass
 
         measured = peak_bytes(decode_all)
-    assert measured <= planning._decode_bytes(dims, latents, *decode, dtype.itemsize, fused=True) <= 1.2 * measured
+    assert measured <= memory._decode_bytes(dims, latents, *decode, dtype.itemsize, fused=True) <= 1.2 * measured
 
 
 @pytest.mark.parametrize(("version", "latents"), [("2.1", (16, 1, 60, 104)), ("2.2", (48, 1, 44, 80))])
@@ -198,7 +198,7 @@ def test_encoding_memory_is_what_the_vae_takes(version, latents):
         vae = WanVAE(dims).requires_grad_(False)
         video = torch.empty(3, 1, latents[2] * vae.spec.stride[1], latents[3] * vae.spec.stride[2])
         measured = peak_bytes(lambda: vae.encode(video))
-    assert measured <= planning._encode_bytes(dims, latents, 4, fused=True) <= 1.3 * measured
+    assert measured <= memory._encode_bytes(dims, latents, 4, fused=True) <= 1.3 * measured
 
 
 @pytest.mark.parametrize("version", ["2.1", "2.2"])
@@ -222,11 +222,11 @@ def test_memory_of_the_references_is_within_the_plan(version, dtype, width, size
         measured = peak_bytes(
             lambda chunk=chunk, piece=piece: list(map(len, vae.decode_stream(latents, chunk=chunk, piece=piece)))
         )
-        planned = planning._decode_bytes(dims, latents.shape, chunk, piece, 1, dtype.itemsize, fused=False)
+        planned = memory._decode_bytes(dims, latents.shape, chunk, piece, 1, dtype.itemsize, fused=False)
         assert measured <= planned <= 1.6 * measured, (chunk, piece)
     picture = torch.rand(3, 1, *(side * vae.spec.stride[1] for side in size))
     measured = peak_bytes(lambda: vae.encode(picture))
-    assert measured <= planning._encode_bytes(dims, latents.shape, dtype.itemsize, fused=False) <= 1.6 * measured
+    assert measured <= memory._encode_bytes(dims, latents.shape, dtype.itemsize, fused=False) <= 1.6 * measured
 
 
 def test_a_tiny_budget_decodes_in_strips_and_says_what_they_cost():
@@ -376,10 +376,10 @@ def test_blocks_are_kept_for_attention_and_linears_alike(gpu):
 def test_every_operation_of_the_plan_says_what_runs_it(gpu):
     assert {*FUSED, *FUSED_8BIT, *OF_ATTENTION} == set(KERNELS)
     gpu(80)
-    for asked, runs, memory in (("auto", {"triton"}, 1.0), ("reference", {"reference"}, 1.2)):
+    for asked, runs, more in (("auto", {"triton"}, 1.0), ("reference", {"reference"}, 1.2)):
         todo = plan(replace(FIVE, kernels=asked), CAT)
         assert {kernel.backend for kernel in todo.kernels if kernel.op in KERNELS} == runs
-        assert todo.memory.working["denoise"] >= memory * plan(FIVE, CAT).memory.working["denoise"]
+        assert todo.memory.working["denoise"] >= more * plan(FIVE, CAT).memory.working["denoise"]
     assert todo.kernels[0].op == "attention" and todo.kernels[0].backend.startswith("sdpa")
 
 

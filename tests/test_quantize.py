@@ -16,8 +16,8 @@ from wan_fast.checkpoint import open_dit
 from wan_fast.cli import main
 from wan_fast.counting import count_work
 from wan_fast.dit import WanDiT, grid_of
-from wan_fast.engine import load_model
 from wan_fast.kernels import KERNELS, Quantized, Quantizer
+from wan_fast.loading import load_model
 from wan_fast.manifest import DiTDims, dit_shapes
 from wan_fast.quantize import QuantizedLinear, forms_of, quantize_weight, shared, swap, takes
 from wan_fast.schemes import Form, as_stored, default_keep, described, kept, linear_of, quantized_at_load, settle
@@ -500,7 +500,7 @@ def test_run_and_plan_say_what_is_in_8_bits(tmp_path, capsys):
         (["--precision", "int8", "--keep_blocks", "3"], "leaves none of 6 blocks"),
         (
             ["--precision", "int8", "--lora", "x.safetensors"],
-            "--lora x.safetensors is known, but this version cannot follow it",
+            "--lora 'x.safetensors' does not exist",
         ),
     ],
 )

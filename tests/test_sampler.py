@@ -1,4 +1,5 @@
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from wan_fast.config import EngineConfig, Request
 from wan_fast.engine import Engine
 from wan_fast.sampler import denoise
 from wan_fast.solver import Solver
-from wan_fast.steps import step_plan
+from wan_fast.steps import official, step_plan
 from wan_fast.tasks import TASKS
 
 TINY = dict(task="ti2v-5B", checkpoint="tiny")
@@ -36,12 +37,12 @@ def run(steps, noise, velocity, known=None, on_step=None):
     def velocities(step, latents):
         return tuple(velocity(step, latents, branch) for branch in ("conditional", "unconditional"))
 
-    denoise(steps, solver.latents, velocities, solver, on_step=on_step)
+    denoise(steps, SimpleNamespace(load=lambda step: None, velocities=velocities), solver, on_step=on_step)
     return solver.latents
 
 
 def plan(steps=3, solver="unipc"):
-    return step_plan(TASKS["ti2v-5B"], solver, steps, 5.0, (5.0, 5.0))
+    return step_plan(TASKS["ti2v-5B"], official(solver, steps, 5.0), (5.0, 5.0))
 
 
 def test_the_guard_notices(monkeypatch):
@@ -100,7 +101,7 @@ def test_known_latents_stay(solver):
 
 
 def test_guidance_weighs_the_two_branches():
-    steps = step_plan(TASKS["ti2v-5B"], "euler", 1, 5.0, (3.0, 3.0))
+    steps = step_plan(TASKS["ti2v-5B"], official("euler", 1, 5.0), (3.0, 3.0))
     noise = torch.zeros(1, 1, 2, 2)
     out = run(steps, noise, lambda step, x, branch: torch.full_like(x, 2.0 if branch == "conditional" else 0.5))
     # one Euler step from sigma 1 to 0 along 0.5 + 3 (2 - 0.5)

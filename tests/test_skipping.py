@@ -19,7 +19,7 @@ from wan_fast.distances import time_distances
 from wan_fast.dit import sinusoid
 from wan_fast.planning import plan
 from wan_fast.skipping import Known, Mask, computed_mask, forced, rules, with_caches, without_guidance
-from wan_fast.steps import step_plan
+from wan_fast.steps import official, step_plan
 from wan_fast.tasks import TASKS
 
 # masks of the published rule and curves: model, steps, threshold, steps reused in a row, retention, conditional, unconditional
@@ -50,7 +50,7 @@ i2v-14B-720P    30 0.12 2 0.2 ######..#..#..#..#..#..#..#.##
 
 def steps_of(task, num_steps, shift=None, guidance=None):
     spec = TASKS[task]
-    return without_guidance(step_plan(spec, "unipc", num_steps, shift or spec.shift, guidance or spec.guidance_scale))
+    return without_guidance(step_plan(spec, official("unipc", num_steps, shift or spec.shift), guidance or spec.guidance_scale))
 
 
 def known(model, num_steps):

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from bench import ROOT
 from bench.networks import random_model
 from wan_fast.checkpoint import locate, open_checkpoint
-from wan_fast.engine import load_model
 from wan_fast.kernels import causal_conv3d, causal_conv3d_add, conv_weight
 from wan_fast.kernels._check import FLOATS
+from wan_fast.loading import load_model
 from wan_fast.manifest import VaeDims, vae_shapes
 from wan_fast.names import VAE21_NAMES, VAE22_NAMES, native_name
 from wan_fast.tasks import TASKS, VAES

@@ -14,6 +14,8 @@ from wan_fast.steps import Step
 class Branches:
     """Carries out the rows of the plan for both passes; what it keeps is one residual per branch, and one difference.
 
+    All that a step reads and writes stays where it is, from step to step and from clip to clip of one shape.
+
     Args:
         steps: the plan's table.
         expert: gives the model of a name, on the device.
@@ -33,27 +35,49 @@ class Branches:
         *,
         zero_star: bool = False,
     ) -> None:
-        self.expert, self.text, self.split, self.zero_star = expert, text, split, zero_star
-        rows = [[0.0, step.timestep] if split else [step.timestep] for step in steps]
-        self.timesteps = torch.tensor(rows, device=device)[:, None]  # [steps, 1, R]
-        self.keeps = {
-            "conditional": any(step.conditional == "reuse" for step in steps),
-            "unconditional": any(step.unconditional == "reuse" for step in steps),
-        }
-        self.reconstructs = any(step.unconditional == "reconstruct" for step in steps)
-        self.in_bands = any(step.difference[0] != step.difference[1] for step in steps)
+        self.expert, self.split, self.device, self.zero_star = expert, split, device, zero_star
+        self.keeps, self.reconstructs, self.in_bands = kept(steps)
         self.contexts: dict[tuple[str, str], Context] = {}
         self.residuals: dict[str, Tensor] = {}
         self.low: Tensor | None = None
         self.high: Tensor | None = None
+        self.timestep = torch.empty(1, 2 if split else 1, device=device)
+        self.difference = torch.empty(2, device=device)
+        self.start(steps, text)
+
+    def start(self, steps: Sequence[Step], text: Mapping[str, Tensor]) -> None:
+        """Begin another clip of the same shape, whose steps keep the same, in the same memory."""
+        self.text = text
+        rows = [[0.0, step.timestep] if self.split else [step.timestep] for step in steps]
+        self.timesteps = torch.tensor(rows, device=self.device)[:, None]  # [steps, 1, R]
+        self.differences = torch.tensor([step.difference for step in steps], device=self.device)  # [steps, 2]
+        for (expert, branch), context in self.contexts.items():
+            again = self.expert(expert).prepare([text[branch]], context.grid)
+            for old, new in zip(context.keys_values, again.keys_values, strict=True):
+                for tensor, other in zip(old, new, strict=True):
+                    tensor.copy_(other)
+
+    def load(self, step: Step) -> None:
+        """Put a step's numbers to where `velocities` reads them."""
+        self.timestep.copy_(self.timesteps[step.index])
+        if self.reconstructs:
+            self.difference.copy_(self.differences[step.index])
 
     def __call__(self, step: Step, latents: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The conditional and the unconditional velocity at latents [C, T, H, W], of their shape; None without guidance."""
+        """`velocities` of a step that is not loaded yet."""
+        self.load(step)
+        return self.velocities(step, latents)
+
+    def velocities(self, step: Step, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The conditional and the unconditional velocity at latents [C, T, H, W], of their shape; None without guidance.
+
+        Of the step it reads the kind alone: its numbers are those loaded.
+        """
         conditional = self.predicted(step, latents, "conditional", step.conditional)
         if step.unconditional == "none":
             return conditional, None
         if step.unconditional == "reconstruct":
-            unconditional = self.reconstructed(conditional, *step.difference)
+            unconditional = self.reconstructed(conditional)
         else:
             unconditional = self.predicted(step, latents, "unconditional", step.unconditional)
             if self.reconstructs and step.conditional == step.unconditional == "run":
@@ -66,14 +90,14 @@ class Branches:
         """The velocity of one branch: "run", "reuse" or "zero"."""
         if how == "zero":
             return torch.zeros_like(latents)
-        model, timestep = self.expert(step.expert), self.timesteps[step.index]
+        model = self.expert(step.expert)
         if how == "reuse":
-            return model.resume(latents[None], timestep, self.residuals[branch], split=self.split)[0]
+            return model.resume(latents[None], self.timestep, self.residuals[branch], split=self.split)[0]
         if (step.expert, branch) not in self.contexts:
             self.contexts[step.expert, branch] = model.prepare([self.text[branch]], grid_of(latents.shape))
         residual = self._residual(model, latents, branch) if self.keeps[branch] else None
         context, in_8_bits = self.contexts[step.expert, branch], step.attention == "8-bit"
-        return model(latents[None], timestep, context, split=self.split, in_8_bits=in_8_bits, residual=residual)[0]
+        return model(latents[None], self.timestep, context, split=self.split, in_8_bits=in_8_bits, residual=residual)[0]
 
     def _residual(self, model: WanDiT, latents: Tensor, branch: str) -> Tensor:
         """Where the residual of a branch is kept: one tensor for all steps."""
@@ -85,16 +109,30 @@ class Branches:
 
     def keep_difference(self, conditional: Tensor, unconditional: Tensor) -> None:
         """Keep what the two differ by, in two bands where they are weighed by themselves."""
-        self.low = conditional - unconditional
-        if self.in_bands:
-            whole, self.low = self.low, low_pass(self.low)
-            self.high = whole - self.low
+        if self.low is None:
+            self.low = torch.empty_like(conditional)
+            self.high = torch.empty_like(conditional) if self.in_bands else None
+        torch.sub(conditional, unconditional, out=self.low)
+        if self.high is not None:
+            low = low_pass(self.low)
+            torch.sub(self.low, low, out=self.high)
+            self.low.copy_(low)
 
-    def reconstructed(self, conditional: Tensor, low: float, high: float) -> Tensor:
-        """The conditional velocity less the difference kept, its bands weighed."""
+    def reconstructed(self, conditional: Tensor) -> Tensor:
+        """The conditional velocity less the difference kept, its bands weighed as the loaded step says."""
         assert self.low is not None
-        less = torch.sub(conditional, self.low, alpha=low)
-        return less if self.high is None else torch.sub(less, self.high, alpha=high)
+        less = conditional - self.difference[0] * self.low
+        return less if self.high is None else less.sub_(self.difference[1] * self.high)
+
+
+def kept(steps: Sequence[Step]) -> tuple[dict[str, bool], bool, bool]:
+    """What a run must keep: per branch whether a residual; whether a difference; whether that in two bands."""
+    residuals = {
+        "conditional": any(step.conditional == "reuse" for step in steps),
+        "unconditional": any(step.unconditional == "reuse" for step in steps),
+    }
+    reconstructed = [step.difference for step in steps if step.unconditional == "reconstruct"]
+    return residuals, bool(reconstructed), any(low != high for low, high in reconstructed)
 
 
 def low_pass(x: Tensor) -> Tensor:

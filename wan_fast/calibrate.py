@@ -30,9 +30,10 @@ from wan_fast.calibration import BRANCHES, Calibration
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.distances import time_distances
 from wan_fast.engine import Engine, Progress
-from wan_fast.planning import Plan, plan, set_up
+from wan_fast.planning import Plan, plan
 from wan_fast.recording import Recording
 from wan_fast.schedule import fingerprint
+from wan_fast.setup import set_up
 from wan_fast.skipping import FEW_STEPS, SIGNALS, Known
 from wan_fast.steps import Step
 from wan_fast.video import whole
@@ -66,8 +67,8 @@ class Recorder(Branches):
         self.record = record
         self.before: dict[str, list[tuple[Step, Tensor]]] = {branch: [] for branch in BRANCHES}
 
-    def __call__(self, step: Step, latents: Tensor) -> tuple[Tensor, Tensor | None]:
-        exact = super().__call__(step, latents)
+    def velocities(self, step: Step, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+        exact = super().velocities(step, latents)
         if self.record.search:
             self._try_earlier(step, latents, exact)
         for branch in BRANCHES if exact[1] is not None else BRANCHES[:1]:
@@ -84,7 +85,7 @@ class Recorder(Branches):
 
     def _try_earlier(self, step: Step, latents: Tensor, exact: tuple[Tensor, Tensor | None]) -> None:
         """Record the error of the guided velocity with each earlier residual that is kept."""
-        model, timestep, wanted = self.expert(step.expert), self.timesteps[step.index], guided(step, *exact)
+        model, timestep, wanted = self.expert(step.expert), self.timestep, guided(step, *exact)
         for n, (source, _) in enumerate(self.before["conditional"]):
             if source.expert != step.expert:
                 continue

@@ -163,7 +163,12 @@ def _run(words: Sequence[str]) -> int:
     if profile:
         profile.write_trace(trace := target.with_suffix(".trace.json"))
         print("\n".join([*profile.table(), f"trace       {trace}; open it in ui.perfetto.dev"]))
-    seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in result.stats["seconds"].items())
+    stats = result.stats
+    seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in stats["seconds"].items())
+    if stats["text"]["from_cache"] == stats["text"]["texts"]:
+        print("text        embeddings from the cache; --no-cache encodes anew")
+    if stats["graphs"]:
+        print("graphs      " + ", ".join(f"{what}: {count}" for what, count in stats["graphs"].items()))
     print(f"done        {seconds}; peak {_gib(result.stats['peak_bytes'])}")
     print(target)
     return 0
@@ -220,7 +225,9 @@ def _plan(words: Sequence[str]) -> int:
         print(f"peak        {stage:8s} {_gib(peak)}, of it working memory {_gib(memory.working[stage])}")
     chunk, piece = _count(memory.decode_chunk, "latent frame"), _count(memory.decode_piece, "frame")
     tiles = "whole frames" if memory.decode_tiles == 1 else f"in {memory.decode_tiles} strips"
+    captured = f"of steps{' and of chunks' * memory.decode_graphs}, {memory.graphs} after a clip"
     print(f"decode      {chunk} at a time, {piece} of these in the upper levels, {tiles}; VAE in {todo.vae_dtype}")
+    print(f"graphs      {'off' if memory.graphs == 'off' else captured}")
     for (backend, why), kernels in groupby(todo.kernels, lambda kernel: (kernel.backend, kernel.why)):
         print(f"kernel      {', '.join(kernel.op for kernel in kernels)}: {backend} ({why})")
     print("work        " + ", ".join(f"{stage} {count / 1e12:,.1f} TFLOP" for stage, count in todo.flops.items()))
@@ -262,6 +269,10 @@ def _say_plan(todo: Plan) -> None:
     worst = max(todo.memory.peak, key=lambda stage: todo.memory.peak[stage])
     placing = "one model at a time on the device" if todo.memory.offload else "all models resident"
     print(f"linears     {todo.linears}")
+    for lora in todo.loras:
+        print(f"lora        {lora}")
+    if todo.preset:
+        print(f"preset      {todo.preset}")
     print(f"plan        {todo.tokens:,} tokens, peak {_gib(todo.memory.peak[worst])} in {worst}, {placing}")
     for warning in todo.warnings:
         print(f"warning     {warning}")

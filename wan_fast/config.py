@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from wan_fast.caches import CfgCache, StepCache
 from wan_fast.errors import WanFastError as WanFastError
+from wan_fast.few_steps import OFF, PRESETS, SIGMA_MAX, parse_preset
+from wan_fast.lora import Lora
 from wan_fast.tasks import TASKS, TaskSpec
 
 # values of --attention that compute in 8 bits
@@ -179,6 +181,21 @@ class EngineConfig:
         unit="BOOL",
     )
     t5_cpu: bool = option(False, "run the text encoder on the CPU", "--t5_cpu")
+    lora: tuple[str, ...] = option(
+        (),
+        "LoRA to add to the DiT's weights, PATH[:STRENGTH]; for two experts also high=PATH,low=PATH, or a folder with "
+        "high_noise_model and low_noise_model; may be given several times",
+        "--lora",
+        "--lora_dir",
+        unit="LORA",
+    )
+    cuda_graphs: bool | None = option(
+        None,
+        "replay what a step, and a chunk of the VAE, issues as one CUDA graph; default: where there is a GPU and all models "
+        "stay on it",
+        "--cuda-graphs",
+    )
+    no_cache: bool = option(False, "neither take a prompt's embedding from the user's cache nor put it there", "--no-cache")
     convert_model_dtype: bool = option(
         False, "round all weights of the DiT to bf16, as the official flag does", "--convert_model_dtype"
     )
@@ -229,6 +246,14 @@ class EngineConfig:
                 f"--calibration {str(self.calibration)!r} is not a file; check the path, or run wan-fast calibrate"
             )
         _check_choice(self, "kernels", "auto", "reference")
+        if isinstance(self.lora, str):
+            raise WanFastError(f"lora must be a list of PATH[:STRENGTH], got the text {self.lora!r}; write [{self.lora!r}]")
+        _ = self.loras
+        if self.cuda_graphs and self.offload_model:
+            raise WanFastError(
+                "--cuda-graphs and --offload_model True exclude each other: a graph holds the addresses of weights, and these "
+                "move; leave one out"
+            )
         if self.vram is not None and self.vram <= 0:
             raise WanFastError(f"--vram must be positive, got {self.vram} bytes")
 
@@ -240,6 +265,11 @@ class EngineConfig:
     def caches(self) -> tuple[StepCache | None, CfgCache | None]:
         """What --step-cache and --cfg-cache say."""
         return StepCache.parse(self.step_cache or "off"), CfgCache.parse(self.cfg_cache or "off")
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """What --lora says."""
+        return tuple(lora for text in self.lora for lora in Lora.parse(text))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,7 +304,21 @@ class Request:
         parse=parse_guidance,
         unit="G",
     )
-    solver: Literal["unipc", "dpm++", "euler"] = option("unipc", "solver of the flow", "--sample_solver", "--solver")
+    solver: Literal["unipc", "dpm++", "euler", "lcm"] | None = option(
+        None,
+        "solver of the flow, unipc unless a preset says otherwise; lcm: for models distilled to a few steps, with fresh noise "
+        "at each and no guidance",
+        "--sample_solver",
+        "--solver",
+        unit="unipc|dpm++|euler|lcm",
+    )
+    preset: str | None = option(
+        None,
+        f"sampler of a distilled model: {', '.join(PRESETS)}; for rcm with :S, its largest sigma; default: what the checkpoint "
+        "or a LoRA is named after; off: none",
+        "--preset",
+        unit="PRESET",
+    )
     seed: int | None = option(None, "seed of the noise; negative: drawn, and printed", "--base_seed", "--seed")
     noise: str | None = option(
         None,
@@ -298,7 +342,9 @@ class Request:
             raise WanFastError(f"--fps must be from 1 to 240, got {self.fps}")
         if self.guidance_scale is not None and not all(map(math.isfinite, _pair(self.guidance_scale))):
             raise WanFastError(f"--sample_guide_scale must be finite, got {self.guidance_scale}")
-        _check_choice(self, "solver", "unipc", "dpm++", "euler")
+        _check_choice(self, "solver", None, "unipc", "dpm++", "euler", "lcm")
+        if self.preset is not None:
+            parse_preset(self.preset)
         if self.seed is not None and self.seed >= 2**63:
             raise WanFastError(f"--base_seed must be below 2**63, got {self.seed}")
         for name in ("image", "noise"):
@@ -309,7 +355,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved(Request):
-    """A request that leaves nothing open; `size` is still an area where there is a picture, until the plan settles it."""
+    """A request that leaves nothing open; `size` is still an area where there is a picture, until the plan settles it.
+
+    preset: with its largest sigma, where it has one; None for a solver on its own grid.
+    """
 
     prompt: str
     negative_prompt: str
@@ -319,6 +368,7 @@ class Resolved(Request):
     num_steps: int
     shift: float
     guidance_scale: tuple[float, float]
+    solver: str  # type: ignore[assignment]
     seed: int
 
 
@@ -365,20 +415,31 @@ def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -
 
     size = chosen("size", spec.default_size)
     is_480p = spec.shift_480p is not None and tuple(sorted(size)) == (480, 832)
+    sampling = of_preset(spec, request, request.preset or OFF) or {
+        "preset": None,
+        "num_steps": chosen("num_steps", spec.num_steps),
+        "shift": chosen("shift", spec.shift_480p if is_480p else spec.shift),
+        "solver": (solver := chosen("solver", "unipc")),
+        "guidance_scale": _pair(
+            (request.guidance_scale or 1.0) if solver == "lcm" else chosen("guidance_scale", spec.guidance_scale)
+        ),
+    }
     resolved = Resolved(
         **{
             **{f.name: getattr(request, f.name) for f in fields(request)},
             "size": size,
             "num_frames": chosen("num_frames", spec.num_frames),
             "fps": chosen("fps", spec.fps),
-            "num_steps": chosen("num_steps", spec.num_steps),
-            "shift": chosen("shift", spec.shift_480p if is_480p else spec.shift),
-            "guidance_scale": _pair(chosen("guidance_scale", spec.guidance_scale)),
+            **sampling,
             "negative_prompt": chosen("negative_prompt", spec.negative_prompt),
             "seed": with_seed(request).seed,
         }
     )
     low, high = resolved.guidance_scale
+    if resolved.solver == "lcm" and resolved.guidance_scale != (1.0, 1.0):
+        raise WanFastError(
+            f"--sample_solver lcm is for distilled models, which guidance blurs: got --sample_guide_scale {low:g}; leave it out"
+        )
     if spec.boundary is None and low != high:
         raise WanFastError(f"task {spec.name} has one expert, got two guidance scales ({low:g},{high:g}); give one number")
     if spec.image_only and resolved.num_frames != 1:
@@ -390,6 +451,40 @@ def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -
             f"--size {size[0]}*{size[1]} is not on the {grid}-pixel grid of {spec.name}; the nearest that is: {near}"
         )
     return resolved
+
+
+def of_preset(spec: TaskSpec, request: Request, asked: str) -> dict[str, Any]:
+    """What a preset says of the sampling; empty for none.
+
+    Raises:
+        WanFastError: there is no such preset, or the request says something else of the sampling.
+    """
+    name, sigma_max = parse_preset(asked)
+    if name == OFF:
+        return {}
+    preset, said = PRESETS[name], f"--preset {asked}"
+    if request.solver not in (None, preset.solver):
+        raise WanFastError(f"{said} is a sampler of its own, of solver {preset.solver}: got --sample_solver {request.solver}")
+    if request.num_steps not in (None, *preset.steps):
+        able = " or ".join(map(str, sorted(preset.steps)))
+        raise WanFastError(f"{said} has {able} steps: got --sample_steps {request.num_steps}; leave it out")
+    if request.guidance_scale is not None and _pair(request.guidance_scale) != (1.0, 1.0):
+        raise WanFastError(
+            f"{said} has no guidance, as its models were distilled with it, and blur with more: got --sample_guide_scale "
+            f"{','.join(f'{scale:g}' for scale in dict.fromkeys(_pair(request.guidance_scale)))}; leave it out"
+        )
+    if request.shift is not None and preset.shift is None:
+        raise WanFastError(f"{said} has its own noise levels: got --sample_shift {request.shift:g}; leave it out")
+    shift = preset.shift_of_two if preset.shift_of_two and spec.boundary is not None else preset.shift
+    if preset.sigma_max:
+        sigma_max = sigma_max or SIGMA_MAX["image" in spec.needs or request.image is not None]
+    return {
+        "preset": f"{name}:{sigma_max:.10g}" if preset.sigma_max else name,
+        "num_steps": request.num_steps or preset.steps[0],
+        "shift": request.shift or shift or 1.0,
+        "solver": preset.solver,
+        "guidance_scale": (1.0, 1.0),
+    }
 
 
 def with_seed(request: Request) -> Request:

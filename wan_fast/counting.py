@@ -83,7 +83,9 @@ def count_work(engine: Engine, todo: Plan) -> dict[tuple[str, str], Work]:
             for kind, done in counted(partial(model, latents, timestep, context, in_8_bits=in_8_bits)).items():
                 work["denoise", kind] = work.get(("denoise", kind), Work()) + done * count
         clip = torch.empty(todo.latent_shape)
-        stepped = counted(partial(guidance_step, clip, clip, clip, clip, clip, clip, torch.empty(10)))["wan_fast kernel"]
+        noise = None if todo.steps[0].noise is None else clip
+        guided = partial(guidance_step, clip, clip, clip, clip, clip, clip, torch.empty(11), None, noise)
+        stepped = counted(guided)["wan_fast kernel"]
         work["denoise", "wan_fast kernel"] = work.get(("denoise", "wan_fast kernel"), Work()) + stepped * len(todo.steps)
         shapes = {name: tuple(t.shape) for name, t in engine.models["vae"].state_dict().items()}
         vae = _on_meta(engine.models["vae"], WanVAE(VaeDims.of_shapes(shapes)))

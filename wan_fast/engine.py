@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,25 @@ from wan_fast import checkpoint as checkpoints
 from wan_fast import manifest, video
 from wan_fast.attention import Attention, Projected, choose, first_that_runs, sdpa
 from wan_fast.backends import IN_8_BITS
-from wan_fast.branches import Branches
-from wan_fast.checkpoint import Packed, Part
+from wan_fast.branches import Branches, kept
 from wan_fast.conditioning import PREPARE, Conditioning
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request, WanFastError
-from wan_fast.dit import WanDiT, fuse
+from wan_fast.dit import WanDiT
+from wan_fast.embeddings import Embeddings
 from wan_fast.encoders import TextEncoder, Tokenizer
+from wan_fast.graphs import Capture, CudaCapture, Graphs
 from wan_fast.kernels import only_reference
-from wan_fast.planning import GIB, Plan, Setup, plan, set_up
-from wan_fast.quantize import keep_stored, quantize_in, swap
-from wan_fast.sampler import denoise
-from wan_fast.schemes import Form, linear_of
+from wan_fast.loading import load_model, reload
+from wan_fast.memory import GIB
+from wan_fast.merging import Merger
+from wan_fast.planning import Plan, plan
+from wan_fast.sampler import Run, denoise, directly
+from wan_fast.schedule import sampler_of
+from wan_fast.setup import Setup, set_up, with_loras
 from wan_fast.solver import Solver
 from wan_fast.steps import Step
 from wan_fast.vae import WanVAE, lay_out
 
-M = TypeVar("M", bound=nn.Module)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # (stage, done, total): "load" counts bytes, "denoise" steps, "decode" frames, the others pieces
 Progress = Callable[[str, int, int], None]
@@ -77,6 +80,10 @@ class Engine:
 
     def __init__(self, config: EngineConfig, *, request: Request | None = None, on_progress: Progress | None = None) -> None:
         self.branches: Callable[..., Branches] = Branches
+        self.capture: Callable[..., Capture] = CudaCapture
+        self._kept: tuple[Any, Solver, Branches, Run] | None = None
+        self._text: dict[str, Any] = {}
+        self._captured: dict[str, int | str] = {}
         path = checkpoints.locate(config.checkpoint, config.spec)
         config = replace(config, checkpoint=str(path))
         self._setup = set_up(config)
@@ -90,9 +97,36 @@ class Engine:
         self.device = torch.device(self._setup.device.name)
         self.dtype = DTYPES[self._setup.dtype]
         self._settle_attention()
+        self._mergers = {name: Merger(files) for name, files in self._setup.loras.items()}
+        self.embeddings = self._embeddings(opened)
         self._seconds: dict[str, float] = {}
         with self._stage("load"), _memory_guard(self._setup, f"weights of {opened.num_bytes / GIB:.2f} GiB as stored"):
-            self._load(opened, on_progress or _silent)
+            for merger in self._mergers.values():
+                merger.check()
+            self._load(opened, request, on_progress or _silent)
+
+    def set_loras(self, loras: Sequence[str]) -> None:
+        """Give the model other LoRAs: `PATH[:STRENGTH]`, as --lora takes them; none restores the checkpoint's own weights.
+
+        Every tensor that changes is read from the checkpoint again, so that what comes is what a new engine would have, bit for
+        bit, however often they were changed before.
+
+        Raises:
+            WanFastError: a LoRA cannot be read, or is not one for this model; all is as it was.
+        """
+        config = replace(self.config, lora=tuple(loras))
+        setup = with_loras(self._setup, config)
+        mergers = {name: Merger(files) for name, files in setup.loras.items()}
+        for merger in mergers.values():
+            merger.check()
+        opened = setup.checkpoint
+        assert opened is not None
+        with torch.inference_mode(), _memory_guard(self._setup, "a block's weights once more"):
+            for name, part in opened.experts.items():
+                old, new = self._mergers.get(name), mergers.get(name)
+                changed = {*(old.targets if old else ()), *(new.targets if new else ())}
+                reload(self.models[name], part, changed, merger=new, **self._held(name))
+        self.config, self._setup, self._mergers, self._kept = config, setup, mergers, None
 
     def plan(self, request: Request) -> Plan:
         """What `generate(request)` would do; needs no GPU time."""
@@ -122,7 +156,7 @@ class Engine:
         """
         todo = self.plan(request)
         progress = on_progress or _silent
-        self._seconds = {"load": self._seconds["load"]}
+        self._seconds, self._captured = {"load": self._seconds["load"]}, {}
         self._reset_peak()
         # made outside inference mode, so that the caller may change it
         width, height = todo.request.size
@@ -159,10 +193,24 @@ class Engine:
             return self._denoise(todo, conditioning, on_step, progress)
 
     def encode_text(self, texts: Mapping[str, str]) -> Mapping[str, Tensor]:
-        """Each text -> [S, text_dim], unpadded, on the engine's device."""
-        with self._at_work("text") as encoder:
-            device = next(encoder.parameters()).device
-            return {name: encoder(self.tokenizer(text).to(device)).to(self.device) for name, text in texts.items()}
+        """Each text -> [S, text_dim], unpadded, on the engine's device; from the user's cache where it is there."""
+        start, cache = time.perf_counter(), self.embeddings
+        found: dict[str, Tensor] = {}
+        for name, text in texts.items():
+            embedding = cache.get(text) if cache else None
+            if embedding is not None:
+                found[name] = embedding.to(self.device)
+        if missing := [name for name in texts if name not in found]:
+            self._load_text()
+            with self._at_work("text") as encoder:
+                device = next(encoder.parameters()).device
+                for name in missing:
+                    embedding = encoder(self.tokenizer(texts[name]).to(device))
+                    found[name] = embedding.to(self.device)
+                    if cache:
+                        cache.put(texts[name], embedding)
+        self._text = {"seconds": time.perf_counter() - start, "texts": len(texts), "from_cache": len(texts) - len(missing)}
+        return found
 
     def encode_video(self, pixels: Tensor) -> Tensor:
         """[3, F, H, W] in [-1, 1] -> normalised latents [C, T, h, w] fp32."""
@@ -172,11 +220,7 @@ class Engine:
     def _denoise(
         self, todo: Plan, conditioning: Conditioning, on_step: Callable[[Step], None] | None, progress: Progress
     ) -> Tensor:
-        solver = Solver(todo.steps, self._noise(todo), conditioning.known)
-        branches = self.branches(
-            todo.steps, self._expert, conditioning.text, conditioning.split, self.device,
-            zero_star=todo.config.cfg_zero is not None,
-        )  # fmt: skip
+        solver, branches, run = self._started(todo, conditioning)
 
         def report(step: Step) -> None:
             progress("denoise", step.index + 1, step.total)
@@ -185,10 +229,46 @@ class Engine:
 
         progress("denoise", 0, len(todo.steps))
         try:
-            denoise(todo.steps, solver.latents, branches, solver, on_step=report)
-            return solver.latents
+            denoise(todo.steps, branches, solver, run=run, on_step=report)
+            return solver.latents if self._kept is None else solver.latents.clone()
         finally:
             self._expert(None)
+            self._note(run, "steps")
+            if todo.memory.graphs != "kept":
+                self._kept = None
+
+    def _started(self, todo: Plan, conditioning: Conditioning) -> tuple[Solver, Branches, Run]:
+        """What a clip is denoised with. Where graphs are kept, and they fit, it is that of the clip before, begun anew."""
+        steps, known, zero_star = todo.steps, conditioning.known, todo.config.cfg_zero is not None
+        fresh = any(step.noise is not None for step in steps)
+        shape = None if known is None else known.shape
+        fits = (todo.latent_shape, shape, conditioning.split, str(kept(steps)), fresh, zero_star, self.branches)
+        noise, draw = self._noise(todo)
+        if self._kept is not None and self._kept[0] == fits:
+            _, solver, branches, run = self._kept
+            solver.start(steps, noise, known, draw)
+            branches.start(steps, conditioning.text)
+            return solver, branches, run
+        self._kept = None  # and with it its memory, before there is more
+        solver = Solver(steps, noise, known, draw)
+        branches = self.branches(
+            steps, self._expert, conditioning.text, conditioning.split, self.device, zero_star=zero_star
+        )  # fmt: skip
+        run = self._run(todo)
+        if run is not directly:
+            self._kept = fits, solver, branches, run
+        return solver, branches, run
+
+    def _run(self, todo: Plan) -> Run:
+        """What does a step, or decodes a chunk: itself, or as a graph."""
+        if todo.memory.graphs == "off":
+            return directly
+        return Graphs(self.capture(self.device, todo.memory.graphs == "kept"), optional=self.config.cuda_graphs is None)
+
+    def _note(self, run: Run, what: str) -> None:
+        """Put into the accounts what was captured."""
+        if isinstance(run, Graphs):
+            self._captured[what] = run.refused or len(run.captured)
 
     def _decode(
         self,
@@ -200,6 +280,7 @@ class Engine:
     ) -> None:
         """Give on_pixels the frames [f, H, W, 3] uint8, chunk by chunk."""
         done, memory = 0, todo.memory
+        run = self._run(todo) if memory.decode_graphs else None
         progress("decode", 0, todo.request.num_frames)
         with self._at_work("vae") as vae:
             stream = vae.decode_stream(
@@ -209,19 +290,31 @@ class Engine:
                 tiles=memory.decode_tiles,
                 rounding=self.spec.image_only,  # the official writers truncate video and round pictures
                 on_frames=on_frames,
+                run=run,
             )
             for pixels in _on_the_host(stream):
                 on_pixels(pixels)
                 done += pixels.shape[0]
                 progress("decode", done, todo.request.num_frames)
+        if run is not None:
+            self._note(run, "decode")
 
-    def _noise(self, todo: Plan) -> Tensor:
+    def _noise(self, todo: Plan) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The noise to start from [C, T, H, W], and what draws more of it."""
+        sampler, (C, T, H, W) = sampler_of(todo.request), todo.latent_shape
+        generator = torch.Generator(self.device).manual_seed(todo.request.seed)
+        noise = torch.randn(C, T, H, W, generator=generator, device=self.device)
+
+        def draw() -> Tensor:
+            if sampler.time_first:
+                return torch.randn(T, C, H, W, generator=generator, device=self.device).transpose(0, 1)
+            return torch.randn(C, T, H, W, generator=generator, device=self.device)
+
         if todo.request.noise is not None:
             from safetensors.torch import load_file
 
-            return load_file(todo.request.noise)["noise"].float().to(self.device)
-        generator = torch.Generator(self.device).manual_seed(todo.request.seed)
-        return torch.randn(todo.latent_shape, generator=generator, device=self.device)
+            noise = load_file(todo.request.noise)["noise"].float().to(self.device)
+        return noise * sampler.start, draw
 
     def _settle_attention(self) -> None:
         """Take the planned backends if they run, else the next that may stand for them; the plan then says so."""
@@ -257,11 +350,12 @@ class Engine:
 
     # --- models and where they are ------------------------------------------------------------------------------------
 
-    def _load(self, opened: checkpoints.Checkpoint, progress: Progress) -> None:
+    def _load(self, opened: checkpoints.Checkpoint, request: Request | None, progress: Progress) -> None:
         text, vae, config = opened.text_encoder, opened.vae, self.config
         assert text is not None and vae is not None and opened.tokenizer is not None
         home = torch.device("cpu") if config.offload_model else self.device
-        total, done = opened.num_bytes, 0
+        from_cache = self._has_embeddings(request)
+        total, done = opened.num_bytes - from_cache * text.num_bytes, 0
 
         def report(count: int) -> None:
             nonlocal done
@@ -271,34 +365,68 @@ class Engine:
         progress("load", 0, total)
         dims = {name: manifest.DiTDims.of_shapes(part.shapes, part.config) for name, part in opened.experts.items()}
         self.tokenizer = Tokenizer(opened.tokenizer, min(d.text_len for d in dims.values()))
-        self.models: dict[str, nn.Module] = {
-            "text": load_model(
-                lambda: TextEncoder(text.shapes),
-                text,
-                torch.device("cpu") if config.t5_cpu else home,
-                lambda name: self.dtype,
-                report=report,
-            ),
-            "vae": load_model(
-                lambda: WanVAE(manifest.VaeDims.of_shapes(vae.shapes)),
-                vae,
-                home,
-                lambda name: DTYPES[self._setup.vae_dtype],
-                lay_out=lay_out,
-                report=report,
-            ),
-        }
+        self.models: dict[str, nn.Module] = {}
+        if not from_cache:
+            self._load_text(report)
+        self.models["vae"] = load_model(
+            lambda: WanVAE(manifest.VaeDims.of_shapes(vae.shapes)),
+            vae,
+            home,
+            lambda name: DTYPES[self._setup.vae_dtype],
+            lay_out=lay_out,
+            report=report,
+        )
         for name, part in opened.experts.items():
             self.models[name] = load_model(
                 partial(WanDiT, dims[name], self._attention, self._attention_8bit, config.keep_blocks or 0),
                 part,
                 home,
-                lambda name: torch.float32 if manifest.stays_fp32(name) else self.dtype,
-                forms=self._setup.forms.get(name, {}),
-                through=torch.bfloat16 if config.convert_model_dtype else None,
+                merger=self._mergers.get(name),
                 report=report,
+                **self._held(name),
             )
         self._active: str | None = None
+
+    def _held(self, expert: str) -> dict[str, Any]:
+        """How the tensors of an expert are brought into the model."""
+        return {
+            "dtype": lambda name: torch.float32 if manifest.stays_fp32(name) else self.dtype,
+            "forms": self._setup.forms.get(expert, {}),
+            "through": torch.bfloat16 if self.config.convert_model_dtype else None,
+            "work_on": self.device,
+        }
+
+    def _embeddings(self, opened: checkpoints.Checkpoint) -> Embeddings | None:
+        """The cache of prompts' embeddings, unless it is not wanted."""
+        if self.config.no_cache:
+            return None
+        assert opened.text_encoder is not None and opened.tokenizer is not None
+        on = "cpu" if self.config.t5_cpu else self.device.type
+        limit = min(manifest.DiTDims.of_shapes(part.shapes, part.config).text_len for part in opened.experts.values())
+        return Embeddings(opened.text_encoder, opened.tokenizer, f"{self._setup.dtype} {on}, up to {limit} tokens")
+
+    def _has_embeddings(self, request: Request | None) -> bool:
+        """Whether the request's texts are in the cache, so that the encoder is not needed."""
+        if request is None or self.embeddings is None:
+            return False
+        todo = self.plan(request).request
+        return all(self.embeddings.has(text) for text in (todo.prompt, todo.negative_prompt))
+
+    def _load_text(self, report: Callable[[int], None] | None = None) -> None:
+        """Load the text encoder, if it is not there yet."""
+        assert self._setup.checkpoint is not None
+        part = self._setup.checkpoint.text_encoder
+        if "text" in self.models:
+            return
+        assert part is not None
+        away = self.config.t5_cpu or self.config.offload_model
+        self.models["text"] = load_model(
+            lambda: TextEncoder(part.shapes),
+            part,
+            torch.device("cpu") if away else self.device,
+            lambda name: self.dtype,
+            report=report,
+        )
 
     @contextmanager
     def _at_work(self, name: str) -> Iterator[Any]:
@@ -339,60 +467,13 @@ class Engine:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def _stats(self, todo: Plan) -> dict[str, Any]:
-        return {"seconds": dict(self._seconds), "peak_bytes": _peak_bytes(self.device), "plan": todo.to_dict()}
-
-
-def load_model(
-    build: Callable[[], M],
-    part: Part,
-    device: torch.device | str,
-    dtype: Callable[[str], torch.dtype],
-    *,
-    forms: Mapping[str, Form] | None = None,
-    through: torch.dtype | None = None,
-    lay_out: Callable[[Tensor], Tensor] | None = None,
-    report: Callable[[int], None] | None = None,
-) -> M:
-    """Build a model on meta and give it its weights one after the other.
-
-    Args:
-        build: makes the model.
-        part: where its tensors lie.
-        device: where they go.
-        dtype: the dtype to hold a tensor in, by its native name.
-        forms: how linears are held that compute in 8 bits, by their name in the model.
-        through: a dtype to round every tensor to on the way.
-        lay_out: how a tensor is to lie in memory.
-        report: called with the bytes of each tensor read.
-    """
-    forms = forms or {}
-    with torch.device("meta"):
-        model = build()
-        swap(model, forms)
-    state: dict[str, Tensor] = {}
-    for name, stored in checkpoints.read_tensors(part):
-        linear = linear_of(name)
-        form = forms.get(linear or "")
-        if linear and form and form.stored:
-            assert isinstance(stored, Packed)
-            keep_stored(state, linear, name.removesuffix(".weight"), stored, form, device)
-        else:
-            tensor = stored.dequantized() if isinstance(stored, Packed) else stored
-            # what is quantised now is not rounded before
-            kept = tensor.dtype if form else dtype(name)
-            state[name] = (tensor if through is None else tensor.to(through)).to(device, kept)
-        if lay_out:
-            state[name] = lay_out(state[name])
-        before, part_of, _ = name.partition("self_attn.")
-        if part_of:  # as soon as they are there: never all of them twice
-            fuse(state, before + part_of)
-        if linear and form and not form.stored and f"{linear}.weight" in state:
-            quantize_in(state, linear, form)
-        if report:
-            scales = part.scales.get(name, {}).values()
-            report(sum(info.num_bytes for info in (part.tensors[name], *scales)))
-    model.load_state_dict(state, assign=True)
-    return model.requires_grad_(False).eval()
+        return {
+            "seconds": dict(self._seconds),
+            "text": dict(self._text),
+            "graphs": dict(self._captured),
+            "peak_bytes": _peak_bytes(self.device),
+            "plan": todo.to_dict(),
+        }
 
 
 def _into(frames: Tensor) -> Callable[[Tensor], None]:

@@ -23,10 +23,8 @@ _NOT_YET: dict[str, tuple[bool, tuple[str, ...]]] = {
     **dict.fromkeys(("--prompt_extend_method", "--prompt_extend_model", "--prompt_extend_target_lang"), (True, ())),
     **dict.fromkeys(("--first_frame", "--last_frame", "--src_video", "--src_mask", "--src_ref_images"), (True, ())),
     **dict.fromkeys(("--src_root_path", "--refert_num", "--num_clip", "--audio", "--infer_frames"), (True, ())),
-    **dict.fromkeys(("--tts_prompt_audio", "--tts_prompt_text", "--tts_text", "--pose_video", "--lora"), (True, ())),
+    **dict.fromkeys(("--tts_prompt_audio", "--tts_prompt_text", "--tts_text", "--pose_video"), (True, ())),
     **dict.fromkeys(("--replace_flag", "--use_relighting_lora", "--enable_tts", "--start_from_ref"), (False, ())),
-    "--cuda-graphs": (False, ()),
-    "--no-cuda-graphs": (False, ("",)),
 }
 
 
@@ -102,10 +100,12 @@ def add_options(parser: argparse.ArgumentParser, cls: type, less: Collection[str
         settings: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
         if field.default is MISSING:
             settings["required"] = True
-        elif not optional and kind is not bool:
+        elif not optional and field.default not in (False, ()):
             help += f" (default {field.default})"
         if kind is bool and not field.metadata["parse"]:
-            settings["action"] = "store_true"
+            settings["action"] = argparse.BooleanOptionalAction if optional else "store_true"
+        elif typing.get_origin(kind) is tuple and not field.metadata["parse"]:
+            settings |= {"action": "append", "metavar": field.metadata["unit"]}
         else:
             choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else None
             settings["type"] = _converter(field.metadata["parse"] or (str if choices else kind), field.metadata["flags"][0])
@@ -116,6 +116,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type, less: Collection[str
 def build(cls: type[T], parsed: argparse.Namespace) -> T:
     """The dataclass from what was given; what was not keeps its default."""
     given = {f.name: getattr(parsed, f.name) for f in fields(cls) if hasattr(parsed, f.name)}  # type: ignore[arg-type]
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return cls(**given)
 
 

@@ -8,52 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from itertools import product
+from dataclasses import dataclass, replace
 from math import floor, prod, sqrt
 from pathlib import Path
 from typing import Any
 
-from wan_fast import checkpoint as checkpoints
-from wan_fast import manifest, schemes
-from wan_fast.backends import KernelChoice, kernel_plan, settle_forms
+from wan_fast import few_steps, manifest, schemes
+from wan_fast.backends import KernelChoice
 from wan_fast.checkpoint import Checkpoint
-from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request, Resolved, WanFastError, resolve
-from wan_fast.device import Device, describe, named
+from wan_fast.config import EngineConfig, Request, Resolved, WanFastError, of_preset, resolve
+from wan_fast.device import Device, named
 from wan_fast.headers import read_safetensors_header
-from wan_fast.quality import settle
+from wan_fast.memory import MemoryPlan, gib, memory_plan, strips
 from wan_fast.schedule import schedule
-from wan_fast.schemes import Form
+from wan_fast.setup import Models, Setup, set_up
 from wan_fast.steps import Step
-from wan_fast.tasks import PATCH, TILE_HALO, TaskSpec
+from wan_fast.tasks import PATCH
 from wan_fast.video import image_size
-
-GIB = 2**30
-# How a clip is decoded, the first that fits: latent frames at a time, and of these, frames at a time in the two upper levels,
-# where the memory is. All are exact. On a CPU two are 1.07 x the speed of one (2.2 VAE at a quarter of its width, latents
-# 48x3x8x12, fp32, 2 threads of an AMD EPYC); on a GPU a single frame of those levels has more tiles than there are processors,
-# and two are as long as the history of a convolution, which then needs no copy.
-DECODES = {"cpu": ((2, 8), (1, 4), (1, 1)), "cuda": ((2, 2), (1, 2))}
-# where that is too much, strips one after the other
-TILES = (2, 3, 4, 6, 8, 12, 16)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPlan:
-    """Bytes on the device. `weights` by model, `working` and `peak` by stage.
-
-    decode_chunk: latent frames that are decoded at a time. decode_piece: frames of these at a time in the VAE's upper levels.
-    decode_tiles: strips of a frame, one after the other; 1 for whole frames.
-    """
-
-    budget: int
-    offload: bool
-    weights: Mapping[str, int]
-    working: Mapping[str, int]
-    peak: Mapping[str, int]
-    decode_chunk: int
-    decode_piece: int
-    decode_tiles: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +42,9 @@ class Plan:
     latent_shape: tuple[int, int, int, int]
     tokens: int
     steps: tuple[Step, ...]
+    preset: str
     step_cache: str
+    loras: tuple[str, ...]
     memory: MemoryPlan
     kernels: tuple[KernelChoice, ...]
     flops: Mapping[str, float]
@@ -127,7 +100,9 @@ class Plan:
                 }
                 for step in self.steps
             ],
+            "preset": self.preset,
             "step_cache": self.step_cache,
+            "loras": list(self.loras),
             "forwards": self.forwards,
             "forwards_uncached": self.forwards_uncached,
             "memory": {f.name: _plain(getattr(self.memory, f.name)) for f in dataclasses.fields(self.memory)},
@@ -138,67 +113,6 @@ class Plan:
             "seconds_by_stage": self.seconds_by_stage,
             "warnings": list(self.warnings),
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
-    """What is known of an engine before any request. `config` is without a preset: `quality` says what it took, and `preset`
-    which fields."""
-
-    config: EngineConfig
-    quality: str
-    preset: frozenset[str]
-    device: Device
-    dtype: str
-    vae_dtype: str
-    kernels: tuple[KernelChoice, ...]
-    checkpoint: Checkpoint | None
-    forms: Mapping[str, Mapping[str, Form]] = field(default_factory=dict)
-    """Of each expert's linears that compute in 8 bits."""
-    linears: str = ""
-    """The same in words, and why."""
-
-
-def set_up(config: EngineConfig, device: Device | None = None) -> Setup:
-    """Find the device, the compute dtype, the kernels and the checkpoint, which is checked if it is here.
-
-    Args:
-        config: the engine.
-        device: another one than the configured, of `device.named`, say.
-
-    Raises:
-        WanFastError: something asked for is not there, or the checkpoint is not one of the task.
-    """
-    path = checkpoints.locate(config.checkpoint, config.spec, download=False)
-    opened = checkpoints.open_checkpoint(path) if path else None
-    if opened:
-        checkpoints.check(opened, config.spec)
-    device = device or describe(config.device)
-    stored = opened is not None and any(part.stored_8bit for part in opened.experts.values())
-    config, quality, preset = settle(config, device, stored)
-    dtype = config.dtype if config.dtype != "auto" else "fp32" if device.type == "cpu" else "bf16"
-    vae_dtype = config.vae_dtype if config.vae_dtype != "auto" else "fp32" if device.type == "cpu" else dtype
-    # last: on a GPU it has to import torch
-    forms, linears = settle_forms(config, device, dtype, opened)
-    used = {form for by_linear in forms.values() for form in by_linear.values()}
-    dims = next(iter(_Models.of(config.spec, opened).experts.values()))
-    kernels = kernel_plan(config, device, dtype, dims.head_dim, used, linears)
-    if config.attention in ATTENTION_8BIT and config.keep_blocks and 2 * config.keep_blocks >= dims.num_layers:
-        raise WanFastError(
-            f"--keep_blocks {config.keep_blocks} at either end leaves none of {dims.num_layers} blocks; take a smaller number"
-        )
-    return Setup(
-        config=config,
-        quality=quality,
-        preset=preset,
-        device=device,
-        dtype=dtype,
-        vae_dtype=vae_dtype,
-        kernels=kernels,
-        checkpoint=opened,
-        forms=forms,
-        linears=linears,
-    )
 
 
 def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, on: str | None = None) -> Plan:
@@ -218,8 +132,10 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
     setup = setup or set_up(config, named(on) if on is not None else None)
     config = config if config.quality is None else setup.config
     opened = setup.checkpoint
+    request, preset, warnings = named_preset(request, setup)
     todo = resolve(spec, request, Request(**opened.defaults) if opened and opened.defaults else None)
-    warnings = []
+    # one that goes to both experts says the same in each
+    warnings += dict.fromkeys(warning for files in setup.loras.values() for file in files for warning in file.warnings)
     if todo.image is not None:
         todo = replace(todo, size=best_size(todo.size, image_size(Path(todo.image)), spec.vae_spec.grid))
     elif todo.size not in (*spec.sizes, opened.defaults.get("size") if opened else None):
@@ -233,16 +149,16 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
     if todo.noise is not None:
         _check_noise(Path(todo.noise), latent_shape)
     tokens = prod(latent_shape[1:]) // prod(PATCH)
-    models = _Models.of(spec, opened)
+    models = Models.of(spec, opened)
     steps, step_cache, said = schedule(config, todo, opened, next(iter(models.experts.values())), setup.preset)
     warnings += said
-    memory = _memory_plan(config, models, setup, latent_shape, todo, steps)
+    memory = memory_plan(config, models, setup, latent_shape, todo, steps)
     flops = _flops(models, steps, latent_shape, tokens, todo)
     if memory.decode_tiles > 1:
         times = _tiled_flops(models.vae, latent_shape, memory.decode_tiles) / flops["decode"]
         flops["decode"] *= times
         warnings.append(
-            f"to keep the budget of {_gib(memory.budget)} frames are decoded in {memory.decode_tiles} strips, the same pixels "
+            f"to keep the budget of {gib(memory.budget)} frames are decoded in {memory.decode_tiles} strips, the same pixels "
             f"for {times:.2f} times the work; the clip waits in host memory until the last strip is done"
         )
     return Plan(
@@ -257,13 +173,59 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
         latent_shape=latent_shape,
         tokens=tokens,
         steps=steps,
+        preset=preset,
         step_cache=step_cache,
+        loras=tuple(
+            file.described() + ("" if name == "model" else f"; in {name}")
+            for name, files in setup.loras.items()
+            for file in files
+        ),
         memory=memory,
         kernels=setup.kernels,
         flops=flops,
         flops_8bit=_flops_8bit(models, setup, config, steps, tokens),
         warnings=tuple(warnings),
     )
+
+
+def named_preset(request: Request, setup: Setup) -> tuple[Request, str, list[str]]:
+    """The request with the sampler preset that a LoRA or the checkpoint is named after, unless it says something else itself;
+    in words what was taken, and warnings."""
+    opened, spec = setup.checkpoint, setup.config.spec
+    found: dict[str, str] = {}
+    for files in setup.loras.values():
+        for file in files:
+            if name := few_steps.named(f"{file.path.parent.name}/{file.path.name}"):
+                found[f"LoRA {file.path.name} is named"] = name
+    if opened and (said := opened.defaults.get("preset")):
+        found["the checkpoint says"] = said
+    elif opened and (name := few_steps.named(_name_of(opened))):
+        found["the checkpoint is named"] = name
+    if request.preset is not None:
+        asked, _ = few_steps.parse_preset(request.preset)
+        known = {few_steps.parse_preset(name)[0].replace("-ode", "") for name in found.values()}
+        if asked == few_steps.OFF:
+            return request, "", []
+        unknown = f"--preset {asked} is for models distilled for it, and neither the checkpoint nor a LoRA is named as one"
+        return request, f"{request.preset}, as asked for", [] if asked.replace("-ode", "") in known else [unknown]
+    for why, name in found.items():
+        try:
+            of_preset(spec, request, name)
+        except WanFastError as error:
+            reason = str(error).partition(";")[0].removeprefix("--preset ")
+            return request, "", [f"the preset {name} is not taken, though {why} so: {reason}"]
+        if name != few_steps.OFF:
+            return replace(request, preset=name), f"{name}, as {why}", []
+        break
+    return request, "", []
+
+
+def _name_of(opened: Checkpoint) -> str:
+    """What a checkpoint is called: its folder, in the hub's cache its repository, and the files of its models."""
+    parts = opened.path.parts
+    repository = parts[-3] if parts[-2:-1] == ("snapshots",) else ""
+    files = {info.file.name for part in opened.experts.values() for info in part.tensors.values()}
+    return " ".join((repository, parts[-1], *sorted(files)))
 
 
 def best_size(area_size: tuple[int, int], image: tuple[int, int], grid: int) -> tuple[int, int]:
@@ -289,216 +251,12 @@ def best_size(area_size: tuple[int, int], image: tuple[int, int], grid: int) -> 
     return fitting[0] if error[0] < error[-1] else fitting[-1]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Models:
-    """Sizes of the models at hand; those of the released ones where nothing is on disk yet."""
-
-    experts: Mapping[str, manifest.DiTDims]
-    text: manifest.Shapes
-    vae: manifest.VaeDims
-
-    @classmethod
-    def of(cls, spec: TaskSpec, opened: Checkpoint | None) -> _Models:
-        if opened is None:
-            dims = manifest.DiTDims.of_task(spec)
-            text = manifest.text_shapes(256384, 4096, 4096, 10240, 64, 24)
-            return cls(experts=dict.fromkeys(spec.experts, dims), text=text, vae=manifest.VaeDims.of_spec(spec.vae_spec))
-        assert opened.text_encoder and opened.vae  # checked
-        experts = {name: manifest.DiTDims.of_shapes(part.shapes, part.config) for name, part in opened.experts.items()}
-        return cls(experts=experts, text=opened.text_encoder.shapes, vae=manifest.VaeDims.of_shapes(opened.vae.shapes))
-
-
-def _memory_plan(
-    config: EngineConfig,
-    models: _Models,
-    setup: Setup,
-    latent_shape: tuple[int, int, int, int],
-    request: Resolved,
-    steps: tuple[Step, ...],
-) -> MemoryPlan:
-    """Weights and working memory by stage; models take turns on the device only where the budget asks for it."""
-    device, size = setup.device, 2 if setup.dtype == "bf16" else 4
-    weights = {"text encoder": size * manifest.num_parameters(models.text)}
-    for name, dims in models.experts.items():
-        label = "DiT" if name == "model" else f"DiT {name}"
-        weights[label] = _dit_bytes(dims, setup.forms.get(name, {}), size)
-    vae_size = 4 if setup.vae_dtype == "fp32" else 2
-    weights["VAE"] = vae_size * manifest.num_parameters(manifest.vae_shapes(models.vae))
-    if config.t5_cpu and device.type != "cpu":
-        weights["text encoder"] = 0
-    budget = config.vram if config.vram is not None else device.free
-    dits = [label for label in weights if label.startswith("DiT")]
-    fused = all(kernel.backend != "reference" for kernel in setup.kernels)
-    at_work = {"text": ["text encoder"], "denoise": dits, "decode": ["VAE"]}
-    working = {
-        "text": _text_bytes(models.text, size),
-        "denoise": _denoise_bytes(models.experts, latent_shape, size, fused, setup.forms, config.attention in ATTENTION_8BIT)
-        + _kept_bytes(models.experts, latent_shape, size, steps),
-    }
-    if request.image is not None:
-        at_work["encode"] = ["VAE"]
-        working["encode"] = _encode_bytes(models.vae, latent_shape, vae_size, fused)
-    asked = config.offload_model if device.type != "cpu" else False
-    whole = [(*decode, 1) for decode in DECODES[device.type]]
-    tiled = [(*DECODES[device.type][-1], tiles) for tiles in TILES if tiles <= max(latent_shape[2:])]
-    placings = (False, True) if asked is None else (asked,)
-    for offload, (chunk, piece, tiles) in (*product(placings, whole), *product(placings, tiled)):
-        working["decode"] = _decode_bytes(models.vae, latent_shape, chunk, piece, tiles, vae_size, fused)
-        if tiles > 1 and device.type == "cpu":  # where the clip waits for its last strip
-            working["decode"] += 3 * vae_size * prod(request.size) * request.num_frames
-        # with offload one model at a time is on the device: of two experts the larger counts
-        resident = {
-            stage: max(weights[label] for label in labels) if offload else sum(weights.values())
-            for stage, labels in at_work.items()
-        }
-        peak = {stage: resident[stage] + working[stage] for stage in at_work}
-        if max(peak.values()) <= budget:
-            return MemoryPlan(
-                budget=budget,
-                offload=offload,
-                weights=weights,
-                working=working,
-                peak=peak,
-                decode_chunk=chunk,
-                decode_piece=piece,
-                decode_tiles=tiles,
-            )
-    worst = max(peak, key=lambda stage: peak[stage])
-    absent = "" if setup.checkpoint else f" (checkpoint {config.checkpoint or config.spec.hub_id} is not here: released sizes)"
-    raise WanFastError(
-        f"out of memory by plan{absent}: stage {worst} needs {_gib(peak[worst])} on {device.name} "
-        f"({_gib(resident[worst])} weights, {_gib(working[worst])} working), the budget is {_gib(budget)}; "
-        + _advice(config, device, setup.dtype, worst)
-    )
-
-
-def _advice(config: EngineConfig, device: Device, dtype: str, stage: str) -> str:
-    """Ways out of a plan that does not fit, those that help the stage at fault."""
-    ways = [] if stage == "text" else ["take a smaller --size or --frame_num"]
-    if device.type != "cpu" and config.offload_model is False:
-        ways.append("leave out --offload_model False")
-    if device.type != "cpu" and not config.t5_cpu and (stage == "text" or config.offload_model is False):
-        ways.append("add --t5_cpu")
-    if dtype == "fp32" and stage != "decode":
-        ways.append("add --dtype bf16")
-    return ", ".join([*ways, "raise --vram" if config.vram else "free memory"])
-
-
-def _text_bytes(text: manifest.Shapes, size: int) -> int:
-    """Peak working bytes of encoding 512 tokens: scores of one layer in fp32, twice, and the feed-forward."""
-    heads = text["blocks.0.pos_embedding.embedding.weight"][1]
-    ffn_dim, dim = text["blocks.0.ffn.fc1.weight"]
-    return 512 * (3 * 4 * heads * 512 + size * 4 * ffn_dim + 4 * 4 * dim)
-
-
-def _denoise_bytes(
-    experts: Mapping[str, manifest.DiTDims],
-    latent_shape: tuple[int, ...],
-    size: int,
-    fused: bool,
-    forms: Mapping[str, Mapping[str, Form]],
-    attention_8bit: bool,
-) -> int:
-    """Peak working bytes of a step: the residual stream, the larger of attention and feed-forward, text keys and values.
-
-    `fused`: with kernels; the references hold fp32 copies of q or k, and the turn of every token, beside them.
-    """
-    L = prod(latent_shape[1:]) // prod(PATCH)
-    largest = 0
-    for name, dims in experts.items():
-        D, F, S = dims.dim, dims.ffn_dim, dims.text_len
-        # the normed stream, q, k and v, what attention returns and its projection
-        attention = L * D * 6 * size if fused else L * D * (5 * size + 12) + L * dims.head_dim * 4
-        if attention_8bit:  # q, k and v once more with their scales, before the projection; the references hold fp32 copies
-            in_8_bits = 5 * size * D + 3 * D + 12 * dims.num_heads
-            attention = max(attention, L * (in_8_bits if fused else in_8_bits + 24 * D))
-        # what the block was given is held by its caller
-        feed_forward = L * (3 * D * size + F * size)
-        down = forms.get(name, {}).get(f"blocks.{dims.num_layers // 2}.ffn.2")
-        if down:
-            # GELU makes another hidden layer, in 8 bits; it follows in the same pass where no scale is of the whole row. The
-            # references hold two in fp32 between
-            before = 0 if down.input != "row" and fused else size if fused else size + 8
-            feed_forward = max(L * (2 * D + int(F * (before + 1.04))), feed_forward if _some_whole(forms[name], dims) else 0)
-        text = 2 * len(experts) * dims.num_layers * 2 * S * D * size
-        largest = max(largest, L * D * 4 + max(attention, feed_forward) + text)
-    # latents, two velocities, the solver's three, and tokens of the head
-    return largest + 10 * 4 * prod(latent_shape)
-
-
-def _kept_bytes(
-    experts: Mapping[str, manifest.DiTDims], latent_shape: tuple[int, ...], size: int, steps: tuple[Step, ...]
-) -> int:
-    """What caches keep from step to step: a residual of the block stack per branch that is reused, and the difference between
-    the branches, in two bands where they are weighed by themselves, with what a Fourier transform holds besides."""
-    tokens = prod(latent_shape[1:]) // prod(PATCH)
-    branches = any(step.conditional == "reuse" for step in steps) + any(step.unconditional == "reuse" for step in steps)
-    residuals = branches * tokens * max(dims.dim for dims in experts.values()) * size
-    reconstructed = [step.difference for step in steps if step.unconditional == "reconstruct"]
-    in_bands = any(low != high for low, high in reconstructed)
-    return residuals + bool(reconstructed) * (6 if in_bands else 1) * 4 * prod(latent_shape)
-
-
-def _some_whole(forms: Mapping[str, Form], dims: manifest.DiTDims) -> bool:
-    """Whether the feed-forward of a block is not in 8 bits."""
-    return any(f"blocks.{i}.ffn.2" not in forms for i in range(dims.num_layers))
-
-
-def _decode_bytes(
-    dims: manifest.VaeDims, latent_shape: tuple[int, ...], chunk: int, piece: int, tiles: int, size: int, fused: bool
-) -> int:
-    """Peak working bytes of `WanVAE.decode_stream`, `size` bytes to an element.
-
-    Two frames of history per temporal convolution; what a chunk is below the upper two levels, and a piece at their widest,
-    where `fused` is False with what the references hold beside their results.
-    """
-    _, T, h, w = latent_shape
-    strip = max(_strips(latent_shape, tiles))
-    history = 0.0
-    for name, shape in manifest.vae_shapes(dims).items():
-        if name.startswith("decoder") and len(shape) == 5 and shape[2] == 3:
-            level = manifest.decoder_level(name, dims)
-            history += size * 2 * shape[1] * h * w * 4**level * (strip if level else 1)
-    frames = 4 * min(chunk, T - 1) if T > 1 else 1
-    # Wan 2.1 halves the width as it doubles the height
-    width = size * dims.decoder_dim * h * w * (2 if dims.version == "2.2" else 1)
-    below, frame = 32 * frames * width * strip, 64 * width * strip
-    # frames at their widest: those of a piece, and a history while the one before it is there; two frames become it as they are
-    piece = min(piece, frames)
-    copied = 0 if piece == 2 else 2
-    of_piece, rest = (3.06, copied) if dims.version == "2.1" else (2.06, copied) if piece <= 2 else (2.55, 1.05)
-    alive = below + (of_piece * piece + rest) * frame
-    if fused:
-        return int(1.01 * history + alive)
-    # in fp32 narrow layers run with the channels of three frames side by side
-    return int(1.2 * history + (2.2 if size == 4 and dims.decoder_dim < 64 else 1.85) * alive)
-
-
-def _encode_bytes(dims: manifest.VaeDims, latent_shape: tuple[int, ...], size: int, fused: bool) -> int:
-    """Peak working bytes of encoding one picture: the histories, and what is alive at the first level."""
-    h, w = latent_shape[2:]
-    history = 0
-    for name, shape in manifest.vae_shapes(dims).items():
-        if name.startswith("encoder") and len(shape) == 5 and shape[2] == 3:
-            history += size * 2 * shape[1] * h * w * 4 ** manifest.encoder_level(name, dims)
-    alive = size * 4 * dims.encoder_dim * h * w * 64
-    return history + alive if fused else int(1.2 * history + 1.5 * alive)
-
-
-def _strips(latent_shape: tuple[int, ...], tiles: int) -> list[float]:
-    """Parts of the longer side that the strips take with their halos."""
-    h, w = latent_shape[2:]
-    size = 2 * max(h, w)
-    cut = manifest.strips(h, w, tiles)
-    return [(min(last + TILE_HALO, size) - max(first - TILE_HALO, 0)) / size for first, last in cut]
-
-
 def _tiled_flops(dims: manifest.VaeDims, latent_shape: tuple[int, ...], tiles: int) -> float:
     """FLOPs of decoding in strips: what is below the latent's doubled size for each of them, the others with their halos."""
     T, h, w = latent_shape[1:]
     every = manifest.vae_flops(dims, "decoder", T, h, w)
     above = manifest.vae_flops(dims, "decoder", T, h, w, above=0)
-    return tiles * (every - above) + sum(_strips(latent_shape, tiles)) * above
+    return tiles * (every - above) + sum(strips(latent_shape, tiles)) * above
 
 
 def _check_noise(file: Path, latent_shape: tuple[int, ...]) -> None:
@@ -513,20 +271,8 @@ def _check_noise(file: Path, latent_shape: tuple[int, ...]) -> None:
         )
 
 
-def _dit_bytes(dims: manifest.DiTDims, forms: Mapping[str, Form], size: int) -> int:
-    """Bytes of a DiT's weights, `size` to an element of the compute dtype."""
-    total = 0
-    for name, shape in manifest.dit_shapes(dims).items():
-        form = forms.get(schemes.linear_of(name) or "")
-        if form:
-            total += prod(shape) + schemes.scale_bytes(shape, form)
-        else:
-            total += prod(shape) * (4 if manifest.stays_fp32(name) else size)
-    return total
-
-
 def _flops(
-    models: _Models, steps: tuple[Step, ...], latent_shape: tuple[int, ...], tokens: int, request: Request
+    models: Models, steps: tuple[Step, ...], latent_shape: tuple[int, ...], tokens: int, request: Request
 ) -> dict[str, float]:
     forwards = sum(step.forwards for step in steps)
     dims = next(iter(models.experts.values()))
@@ -542,7 +288,7 @@ def _flops(
     return flops
 
 
-def _flops_8bit(models: _Models, setup: Setup, config: EngineConfig, steps: tuple[Step, ...], tokens: int) -> dict[str, float]:
+def _flops_8bit(models: Models, setup: Setup, config: EngineConfig, steps: tuple[Step, ...], tokens: int) -> dict[str, float]:
     """Of the FLOPs of all steps those in 8 bits, by precision."""
     flops: dict[str, float] = {}
     forms = setup.forms
@@ -565,10 +311,6 @@ def _flops_8bit(models: _Models, setup: Setup, config: EngineConfig, steps: tupl
         for precision, count in per_forward.items():
             flops[precision] = flops.get(precision, 0) + step.forwards * count
     return flops
-
-
-def _gib(count: float) -> str:
-    return f"{count / GIB:.2f} GiB"
 
 
 def _plain(value: Any) -> Any:

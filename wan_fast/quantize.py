@@ -7,6 +7,7 @@ them, and quantises in its own pass; what comes as it is, the linear quantises i
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -135,6 +136,12 @@ def quantize_weight(weight: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     values, scale = quantize_rows(blocks.transpose(1, 2).flatten(2).contiguous(), dtype)  # [N / 128, K / 128, 128 x 128]
     laid = values.unflatten(2, (GROUP, GROUP)).transpose(1, 2).flatten(2).flatten(0, 1)
     return laid[:N, :K].contiguous(), scale[:, :, 0]
+
+
+def requantized(packed: Packed, weight: Tensor, form: Form) -> Packed:
+    """Another weight [N, K] fp32 in the place of a stored one: in the same form, with scales of its own."""
+    values, scale = quantize_weight(weight if packed.smooth is None else weight / packed.smooth.to(weight.device), form)
+    return replace(packed, values=values, scale=scale)
 
 
 def shared(x: Tensor, *linears: Any) -> Tokens:

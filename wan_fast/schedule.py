@@ -7,18 +7,26 @@ from dataclasses import replace
 from functools import cache as once
 from functools import partial
 
-from wan_fast import calibration, manifest, skipping
+from wan_fast import calibration, few_steps, manifest, skipping
 from wan_fast.caches import StepCache
 from wan_fast.calibration import Calibration, Wanted
 from wan_fast.checkpoint import Checkpoint
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Resolved
 from wan_fast.errors import WanFastError
+from wan_fast.few_steps import Sampler
 from wan_fast.skipping import FEW_STEPS, SIGNALS, Known
-from wan_fast.steps import Step, in_8_bits, step_plan
+from wan_fast.steps import Step, in_8_bits, official, step_plan
 
 _TOO_FEW = f"is not for {{}} steps: of {FEW_STEPS} or fewer each differs too much from the last"
 # for rules that are no measured ones
 NOTHING = Known(calibration=None, distances=lambda signal: [])
+
+
+def sampler_of(request: Resolved) -> Sampler:
+    """How a request is sampled."""
+    if request.preset is not None:
+        return few_steps.sampler(request.preset, request.num_steps, request.shift)
+    return official(request.solver, request.num_steps, request.shift)
 
 
 def schedule(
@@ -36,8 +44,7 @@ def schedule(
     Raises:
         WanFastError: something asked for does not fit the run or the model.
     """
-    steps = step_plan(config.spec, request.solver, request.num_steps, request.shift, request.guidance_scale)
-    steps = skipping.without_guidance(steps)
+    steps = skipping.without_guidance(step_plan(config.spec, sampler_of(request), request.guidance_scale))
     if config.attention in ATTENTION_8BIT:
         keep = config.keep_steps or (0, 0)
         if sum(keep) >= len(steps):
@@ -46,7 +53,17 @@ def schedule(
                 "--attention auto"
             )
         steps = in_8_bits(steps, keep)
-    zero, (step_cache, cfg_cache) = config.cfg_zero or 0, config.caches
+    zero, (step_cache, cfg_cache), dropped = config.cfg_zero or 0, config.caches, False
+    if request.preset or request.solver == "lcm":
+        what = f"--preset {request.preset}" if request.preset else "--sample_solver lcm"
+        given = (("--step-cache", step_cache and "step_cache" not in preset), ("--cfg-cache", cfg_cache), ("--cfg-zero", zero))
+        for flag, asked in given:
+            if asked:
+                raise WanFastError(
+                    f"{flag} does not go with {what}: each of its few steps is far from the last, and none has guidance; "
+                    "leave it out"
+                )
+        dropped, step_cache = bool(step_cache), None
     if zero >= len(steps):
         raise WanFastError(
             f"--cfg-zero {zero} leaves none of {len(steps)} steps to compute; take a smaller number, 2 of 50 say"
@@ -67,7 +84,7 @@ def schedule(
     model = fingerprint(dims, config.spec.experts)
     entries = calibration.own(opened.path if opened else None, model, config.calibration) if step_cache else []
     by_branch, words = None, ""
-    warnings: list[str] = []
+    warnings = ["--quality takes no step cache here: each step of a distilled model is far from the last"] if dropped else []
     if step_cache:
         try:
             by_branch, words, warnings = _rules(config, request, step_cache, steps, opened, entries, model)

@@ -5,9 +5,9 @@ Flow matching: x = (1 - sigma) x0 + sigma noise, and the model predicts v = nois
 
     x0          = x - sigma v
     x           = corrector . (previous x, x0, x0 one step back, x0 two steps back)      UniPC only
-    next x      = predictor . (x, x0, x0 one step back)
+    next x      = predictor . (x, x0, x0 one step back) + noise fresh                    noise for LCM only
 
-UniPC: arXiv 2302.04867 (B2, order 2, data prediction). DPM-Solver++ 2M: arXiv 2211.01095.
+UniPC: arXiv 2302.04867 (B2, order 2, data prediction). DPM-Solver++ 2M: arXiv 2211.01095. LCM: arXiv 2310.04378.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import expm1, inf, log
 
+from wan_fast.few_steps import Sampler
 from wan_fast.tasks import NUM_TRAIN_TIMESTEPS, TaskSpec
 
 # of a pass, in a schedule as text
@@ -32,6 +33,7 @@ class Step:
     unconditional: the same, "reconstruct" (the conditional velocity less the last difference of the two), or "none".
     difference: what the low and the high frequencies of that difference are multiplied by.
     attention: "exact" or "8-bit", which self-attention then is where the model has it.
+    noise: of the fresh noise that is added; None where the solver adds none.
     """
 
     index: int
@@ -47,6 +49,7 @@ class Step:
     attention: str = "exact"
     corrector: tuple[float, float, float, float] | None
     predictor: tuple[float, float, float]
+    noise: float | None = None
 
     @property
     def forwards(self) -> int:
@@ -77,29 +80,39 @@ def solver_rows(
     for i in range(steps):
         corrector = _unipc_corrector(sigmas, lam, i) if solver == "unipc" and i > 0 else None
         order = 1 if solver == "euler" else min(2, steps - i, i + 1)
-        rows.append((corrector, _predictor(sigmas, lam, i, order)))
+        # to the clean clip, on which there is then noise
+        predictor = (0.0, 1 - sigmas[i + 1], 0.0) if solver == "lcm" else _predictor(sigmas, lam, i, order)
+        rows.append((corrector, predictor))
     return rows
 
 
-def step_plan(spec: TaskSpec, solver: str, num_steps: int, shift: float, guidance: tuple[float, float]) -> tuple[Step, ...]:
-    """The table the sampler executes; `guidance` is (low-noise, high-noise)."""
+def official(solver: str, num_steps: int, shift: float) -> Sampler:
+    """A solver on its grid of any number of steps."""
     sigmas = sigma_grid(solver, num_steps, shift)
+    # official UniPC and DPM++ tell the model whole timesteps: truncated, not rounded; the solver keeps the exact sigma
+    whole = int if solver in ("unipc", "dpm++") else float
+    return Sampler(sigmas=sigmas, timesteps=tuple(float(whole(s * NUM_TRAIN_TIMESTEPS)) for s in sigmas[:-1]), solver=solver)
+
+
+def step_plan(spec: TaskSpec, sampler: Sampler, guidance: tuple[float, float]) -> tuple[Step, ...]:
+    """The table that the loop executes; `guidance` is (low-noise, high-noise)."""
     steps = []
-    for i, (corrector, predictor) in enumerate(solver_rows(solver, sigmas)):
-        # the model was trained on whole timesteps: truncated, not rounded; the solver keeps the exact sigma
-        timestep = float(int(sigmas[i] * NUM_TRAIN_TIMESTEPS))
-        high = spec.boundary is not None and timestep >= spec.boundary * NUM_TRAIN_TIMESTEPS
+    for i, (corrector, predictor) in enumerate(solver_rows(sampler.solver, sampler.sigmas)):
+        timestep, next_sigma = sampler.timesteps[i], _fp32(sampler.sigmas[i + 1])
+        above = timestep >= (spec.boundary or 0) * NUM_TRAIN_TIMESTEPS if sampler.split is None else i < sampler.split
+        high = spec.boundary is not None and above
         steps.append(
             Step(
                 index=i,
-                total=num_steps,
+                total=len(sampler.timesteps),
                 timestep=timestep,
-                sigma=_fp32(sigmas[i]),
-                next_sigma=_fp32(sigmas[i + 1]),
+                sigma=_fp32(sampler.sigmas[i]),
+                next_sigma=next_sigma,
                 expert="model" if spec.boundary is None else "high_noise" if high else "low_noise",
                 guidance_scale=guidance[1] if high else guidance[0],
                 corrector=corrector,
                 predictor=predictor,
+                noise=next_sigma if sampler.solver == "lcm" else None,
             )
         )
     return tuple(steps)

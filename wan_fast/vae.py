@@ -12,8 +12,9 @@ latents are [C, T, h, w] and videos [3, F, H, W].
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from wan_fast.manifest import VaeDims, strips
 from wan_fast.tasks import TILE_HALO, VAES, VaeSpec
 
 CHANNELS_LAST = torch.channels_last
+Run = Callable[[Any, Callable[[], Any]], Any]
 
 
 class Stream:
@@ -44,10 +46,12 @@ class Stream:
         first: whether the chunk under way is the first one, which is a single frame.
         history: layer -> its last input frames [1 or 2, C, H, W]; a layer that is not in it has seen only zeros.
         tf32: whether convolutions in fp32 may round their factors to TF32 on a GPU.
+        fixed: whether a layer's history stays where it is, at the price of a copy.
     """
 
     def __init__(self) -> None:
         self.first = True
+        self.fixed = False
         self.history: dict[nn.Module, Tensor] = {}
         self.tf32 = torch.backends.cudnn.allow_tf32
 
@@ -75,7 +79,11 @@ class Stream:
         else:
             kept = causal_conv3d_add(out, x, past, weight, bias, how)
         if whole or len(kept):
-            self.history[layer] = x if whole else kept
+            now = x if whole else kept
+            if self.fixed and past is not None:
+                past.copy_(now)
+            else:
+                self.history[layer] = now
         return out
 
 
@@ -448,6 +456,7 @@ class WanVAE(nn.Module):
         tiles: int = 1,
         rounding: bool = False,
         on_frames: Callable[[Tensor], None] | None = None,
+        run: Run | None = None,
     ) -> Iterator[Tensor]:
         """Decode to 8-bit pixels, as a video writer takes them, piece by piece.
 
@@ -455,6 +464,8 @@ class WanVAE(nn.Module):
             latents, chunk, piece, tiles: as `decode_chunks` takes them.
             rounding: round to the nearest level instead of truncating.
             on_frames: called with what `decode_chunks` would yield, before it is rounded.
+            run: decodes a chunk, (kind, work) -> what the work returns, or what it returned before, filled again; of whole
+                frames only.
 
         Yields:
             [F, H, W, 3] uint8, on the VAE's device; of strips on the CPU.
@@ -462,7 +473,7 @@ class WanVAE(nn.Module):
         Raises:
             ValueError: the latents have another shape, or hold values that are not finite.
         """
-        for x in self._decoded(latents, chunk, piece, tiles):
+        for x in self._decoded(latents, chunk, piece, tiles, run):
             if on_frames:
                 on_frames(self._pixels(x))
             yield frames_to_uint8(x, rounding=rounding)
@@ -480,7 +491,7 @@ class WanVAE(nn.Module):
         return video
 
     @torch.no_grad()
-    def _decoded(self, latents: Tensor, chunk: int, piece: int | None, tiles: int) -> Iterator[Tensor]:
+    def _decoded(self, latents: Tensor, chunk: int, piece: int | None, tiles: int, run: Run | None = None) -> Iterator[Tensor]:
         """What the decoder gives, [f, 3 p p, 8h, 8w] in the VAE's dtype."""
         self._check_latents(latents)
         _, T, h, w = latents.shape
@@ -490,7 +501,7 @@ class WanVAE(nn.Module):
                 f"chunk, piece and tiles must be positive, tiles at most {2 * max(h, w)}; got {chunk}, {piece}, {tiles}"
             )
         if tiles == 1:
-            yield from self._decode(latents, chunk, piece)
+            yield from self._decode(latents, chunk, piece, run=run)
             return
         whole = torch.empty(4 * T - 3, 8 * h, 8 * w, 3 * self.spec.patch**2, dtype=self.conv2.weight.dtype).permute(0, 3, 1, 2)
         for window in windows(h, w, tiles):
@@ -500,15 +511,30 @@ class WanVAE(nn.Module):
                 strip[start:end] = x
         yield from whole.split(piece)
 
-    def _decode(self, latents: Tensor, chunk: int, piece: int, window: Window | None = None) -> Iterator[Tensor]:
+    def _decode(
+        self, latents: Tensor, chunk: int, piece: int, window: Window | None = None, run: Run | None = None
+    ) -> Iterator[Tensor]:
         parameter, stream = self.conv2.weight, Stream()
+        stream.fixed = run is not None
+        inputs: dict[int, Tensor] = {}
         mean, std = self._statistics(parameter.device)
         num_latents = latents.shape[1]
         for start, end in pairwise([0, *range(1, num_latents, chunk), num_latents]):
             z = latents[:, start:end].to(parameter.device, torch.float32).transpose(0, 1) / (1 / std) + mean
             z = z.to(parameter.dtype).contiguous(memory_format=CHANNELS_LAST)
-            yield from self.decoder(self.conv2(z), stream, piece, window)
+            if run is None:
+                yield from self.decoder(self.conv2(z), stream, piece, window)
+            else:
+                frames = z.shape[0]
+                given = inputs.setdefault(frames, torch.empty_like(z)).copy_(z)
+                # the first two chunks find fewer histories than the others
+                kind = ("decode", frames, len(stream.history))
+                pieces = run(kind, partial(self._pieces, given, stream, piece))
+                yield from (each.clone() for each in pieces)
             stream.first = False
+
+    def _pieces(self, z: Tensor, stream: Stream, piece: int) -> list[Tensor]:
+        return list(self.decoder(self.conv2(z), stream, piece))
 
     def _pixels(self, x: Tensor) -> Tensor:
         return unpatchify(x, self.spec.patch).float().clamp_(-1, 1)
