@@ -304,7 +304,8 @@ def text(shapes: manifest.Shapes, count: int, dtype: torch.dtype, device: torch.
 
 def end_to_end(size: tuple[int, int], num_frames: int, num_steps: int, device: torch.device) -> Work:
     """Prompt to 8-bit frames on the bundled checkpoint, models loaded, one noise and one sigma grid for both."""
-    from wan_fast.engine import Engine, tf32_convolutions
+    from wan_fast.engine import Engine
+    from wan_fast.running import tf32_convolutions
 
     spec = TASKS["ti2v-5B"]
     engine = Engine(EngineConfig(task=spec.name, checkpoint="tiny", device=str(device), dtype="fp32"))

@@ -259,7 +259,8 @@ class Engines:
     def config(self, options: Mapping[str, Any]) -> EngineConfig:
         """A preset's choices as if each had been asked for: what cannot be done of them is refused, not left out."""
         given = {name: value for name, value in options.items() if name != "variant"}
-        config = EngineConfig(**{**self.base, **given})
+        # what is compared is read back at every step
+        config = EngineConfig(**{**self.base, "cuda_graphs": False, **given})
         return setup.set_up(config).config if config.quality else config
 
     def of(self, options: Mapping[str, Any]) -> Engine:

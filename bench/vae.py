@@ -20,10 +20,11 @@ from bench.networks import random_model
 from wan_fast import manifest
 from wan_fast.config import WanFastError, parse_size
 from wan_fast.counting import flops_so_far
-from wan_fast.engine import DTYPES, tf32_convolutions
+from wan_fast.engine import DTYPES
 from wan_fast.manifest import VaeDims
 from wan_fast.memory import DECODES
 from wan_fast.roofs import copy_rate, product_rate
+from wan_fast.running import tf32_convolutions
 from wan_fast.tasks import VAES
 from wan_fast.vae import AttentionBlock, CausalConv3d, PointwiseConv3d, ResidualBlock, RMSNorm, Upsample, WanVAE
 

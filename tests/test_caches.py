@@ -201,6 +201,14 @@ def test_the_nearest_calibration_is_taken():
     assert best([], WANTED) == (None, {})
 
 
+def test_a_calibration_is_of_its_loras():
+    plain, styled = entry(), entry(loras=["style.safetensors:0.8"], num_steps=50, magcache=curve(50))
+    with_lora = replace(WANTED, loras=["style.safetensors:0.8"])
+    assert best([styled, plain], WANTED) == (plain, {}) and best([plain, styled], with_lora)[0] is styled
+    assert best([plain], with_lora)[1] == {"loras": "a model without LoRA"}
+    assert best([styled], WANTED)[1]["loras"] == "a model with style.safetensors:0.8"
+
+
 def test_files_come_back_as_they_were_written(tmp_path):
     file = tmp_path / "folder" / "found.json"
     entries = [entry(masks=({"mask": "#" * 12, "psnr": 40.0},)), entry(num_steps=50, magcache=curve(50))]

@@ -81,6 +81,15 @@ def test_errors_are_those_of_the_guided_velocity(recorded):
     assert (0, 1) in record.errors and (2, 9) not in record.errors and (3, 9) in record.errors
 
 
+def test_the_loras_of_a_recording_are_in_it(recorded, tmp_path):
+    _, todo, record, _, _ = recorded
+    (tmp_path / "style.safetensors").touch()
+    loras = tuple(f"{tmp_path}/style.safetensors:{strength}" for strength in (0.8, 0))
+    styled = replace(todo, config=replace(todo.config, lora=loras))
+    signals = {signal: [0.01 * i for i in range(10)] for signal in ("embedding", "projection")}
+    assert fitted(record, styled, signals, 1).loras == ["style.safetensors:0.8"] and not fitted(record, todo, signals, 1).loras
+
+
 def test_fitted_rules_follow_what_was_measured(recorded):
     _, todo, record, _, _ = recorded
     signals = {"embedding": [0.0, *(0.01 * i for i in range(9))], "projection": [0.0, *(0.02 * i for i in range(9))]}

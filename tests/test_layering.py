@@ -24,7 +24,7 @@ LEVELS: list[set[str]] = [
     {"dit", "adapters", "vae", "encoders", "backends", "graphs"},
     {"branches", "conditioning", "distances", "embeddings", "loading", "recording", "setup", "solver"},
     {"memory", "sampler", "schedule"},
-    {"planning"},
+    {"planning", "running"},
     {"engine"},
     {"__init__"},
     {"calibrate", "counting", "doctor", "export", "server"},

@@ -52,6 +52,8 @@ class Branches:
         self.timesteps = torch.tensor(rows, device=self.device)[:, None]  # [steps, 1, R]
         self.differences = torch.tensor([step.difference for step in steps], device=self.device)  # [steps, 2]
         for (expert, branch), context in self.contexts.items():
+            if branch not in text:  # this clip has no such pass, a later one may
+                continue
             again = self.expert(expert).prepare([text[branch]], context.grid)
             for old, new in zip(context.keys_values, again.keys_values, strict=True):
                 for tensor, other in zip(old, new, strict=True):

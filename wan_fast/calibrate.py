@@ -138,6 +138,8 @@ def calibrate(
     if picture:
         _need_matplotlib()
     requests = [replace(request, prompt=text, seed=seed) for seed, text in enumerate(texts)]
+    if config.cuda_graphs:
+        raise WanFastError("--cuda-graphs is not for calibration, which reads every step back; leave it out")
     config = replace(config, checkpoint=str(path))
     setup = set_up(config)
     todo = plan(config, requests[0], setup)
@@ -148,7 +150,7 @@ def calibrate(
             f"--sample_steps {len(todo.steps)}: of {FEW_STEPS} steps or fewer none is reused; give the number that you run"
         )
     # residuals of both branches are kept: with a mask they are in the memory plan
-    keeping = replace(config, step_cache="#." + "#" * (len(todo.steps) - 2))
+    keeping = replace(config, step_cache="#." + "#" * (len(todo.steps) - 2), cuda_graphs=False)
     plan(keeping, requests[0], setup)
     opened = todo.checkpoint
     assert opened is not None
@@ -203,6 +205,7 @@ def fitted(record: Record, todo: Plan, signals: Mapping[str, Sequence[float]], p
         num_frames=request.num_frames,
         image=request.image is not None,
         guidance_scale=list(request.guidance_scale),
+        loras=[str(lora) for lora in todo.config.loras if lora.strength],
         prompts=prompts,
     )
     known_ = Known(calibration=found, distances=signals.__getitem__)
@@ -389,7 +392,8 @@ def _place(checkpoint: Path) -> Path:
 def _same_run(a: Calibration, b: Calibration) -> bool:
     """Whether one takes the place of the other."""
     what = ("num_steps", "shift", "solver", "num_frames", "image")
-    return [getattr(a, name) for name in what] + [*(a.size or ())] == [getattr(b, name) for name in what] + [*(b.size or ())]
+    one, other = ([*(getattr(each, name) for name in what), *(each.size or ()), *each.loras] for each in (a, b))
+    return one == other
 
 
 def _dims(todo: Plan) -> manifest.DiTDims:

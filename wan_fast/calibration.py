@@ -30,7 +30,7 @@ class Calibration:
     the second step on; "threshold", "max_skips", "retention"; "high_noise": "computed" where that expert is never skipped.
     teacache: signal ("embedding", "projection") -> expert -> coefficients, highest power first, and "threshold".
     masks: what was searched: {"mask", "psnr"} of the latents in dB, from the most computed steps to the fewest.
-    size, num_frames, image, solver, guidance_scale: None where it is not of one.
+    size, num_frames, image, solver, guidance_scale: None where it is not of one. loras: names and strengths of those added.
     """
 
     model: str
@@ -45,6 +45,7 @@ class Calibration:
     num_frames: int | None = None
     image: bool | None = None
     guidance_scale: Sequence[float] | None = None
+    loras: Sequence[str] = ()
     prompts: int | None = None
 
 
@@ -60,6 +61,7 @@ class Wanted:
     size: tuple[int, int]
     num_frames: int
     image: bool
+    loras: Sequence[str] = ()
 
 
 def published(task: str) -> list[Calibration]:
@@ -129,6 +131,7 @@ def best(entries: Sequence[Calibration], wanted: Wanted) -> tuple[Calibration | 
 
     def distance(entry: Calibration) -> tuple[float, ...]:
         return (
+            [*entry.loras] != [*wanted.loras],
             entry.image is not None and entry.image != wanted.image,
             round(2 * _far(entry.size, wanted.size)),  # 480P or 720P
             entry.num_steps != wanted.num_steps,
@@ -151,6 +154,8 @@ def best(entries: Sequence[Calibration], wanted: Wanted) -> tuple[Calibration | 
         words["size"] = "x".join(map(str, (*(entry.size or ()), entry.num_frames)))
     if entry.image is not None and entry.image != wanted.image:
         words["image"] = "a run " + ("with" if entry.image else "without") + " a picture"
+    if [*entry.loras] != [*wanted.loras]:
+        words["loras"] = f"a model with {' and '.join(entry.loras)}" if entry.loras else "a model without LoRA"
     return entry, {name: text for name, text in words.items() if text}
 
 
@@ -183,6 +188,7 @@ def _sound(entry: Calibration) -> bool:
         entry.num_frames is None or (isinstance(entry.num_frames, int) and entry.num_frames > 0),
         entry.image in (None, True, False),
         entry.guidance_scale is None or all(isinstance(scale, (int, float)) for scale in entry.guidance_scale),
+        isinstance(entry.loras, (list, tuple)) and all(isinstance(name, str) for name in entry.loras),
         all(len(row["mask"]) == count and not set(row["mask"]) - {"#", "."} for row in entry.masks),
     ]
     if curve:

@@ -165,11 +165,10 @@ def _run(words: Sequence[str]) -> int:
         print("\n".join([*profile.table(), f"trace       {trace}; open it in ui.perfetto.dev"]))
     stats = result.stats
     seconds = ", ".join(f"{stage} {spent:.1f} s" for stage, spent in stats["seconds"].items())
-    if stats["text"]["from_cache"] == stats["text"]["texts"]:
-        print("text        embeddings from the cache; --no-cache encodes anew")
+    cached = "; text from the cache" if stats["text"]["from_cache"] == stats["text"]["texts"] else ""
     if stats["graphs"]:
         print("graphs      " + ", ".join(f"{what}: {count}" for what, count in stats["graphs"].items()))
-    print(f"done        {seconds}; peak {_gib(result.stats['peak_bytes'])}")
+    print(f"done        {seconds}{cached}; peak {_gib(stats['peak_bytes'])}")
     print(target)
     return 0
 
@@ -411,7 +410,7 @@ def _calibrate(words: Sequence[str]) -> int:
     parser = _parser("calibrate", "Example: wan-fast calibrate Wan2.2-TI2V-5B --sample_steps 30 --search")
     parser.add_argument("checkpoint", metavar="CKPT", help="folder, hub id, or tiny")
     parser.add_argument("--task", default=None, metavar="TASK", help="task of the checkpoint; default: the first that it fits")
-    caches = ("quality", "step_cache", "cfg_cache", "cfg_zero", "calibration")
+    caches = ("quality", "step_cache", "cfg_cache", "cfg_zero", "calibration", "cuda_graphs")
     from wan_fast.recording import Recording
 
     add_options(parser, Recording)

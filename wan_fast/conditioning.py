@@ -42,12 +42,12 @@ class Encoders(Protocol):
 
 
 def prepare_text(request: Resolved, encoders: Encoders) -> Conditioning:
-    return Conditioning(text=encoders.encode_text(_texts(request)))
+    return Conditioning(text=encoders.encode_text(texts_of(request)))
 
 
 def prepare_text_image(request: Resolved, encoders: Encoders) -> Conditioning:
     """TI2V: a picture becomes the clip's first latent frame, kept as it is and shown to the model at timestep 0."""
-    text = encoders.encode_text(_texts(request))
+    text = encoders.encode_text(texts_of(request))
     if request.image is None:
         return Conditioning(text=text)
     known = encoders.encode_video(cover(Path(request.image), request.size))
@@ -61,8 +61,10 @@ PREPARE: dict[str, Callable[[Resolved, Encoders], Conditioning]] = {
 }
 
 
-def _texts(request: Resolved) -> dict[str, str]:
-    return {"conditional": request.prompt, "unconditional": request.negative_prompt}
+def texts_of(request: Resolved) -> dict[str, str]:
+    """What there is to encode, by branch: without guidance the prompt alone."""
+    both = {"conditional": request.prompt, "unconditional": request.negative_prompt}
+    return {"conditional": request.prompt} if {*request.guidance_scale} == {1.0} else both
 
 
 def cover(path: Path, size: tuple[int, int]) -> Tensor:

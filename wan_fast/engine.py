@@ -20,7 +20,7 @@ from wan_fast import manifest, video
 from wan_fast.attention import Attention, Projected, choose, first_that_runs, sdpa
 from wan_fast.backends import IN_8_BITS
 from wan_fast.branches import Branches, kept
-from wan_fast.conditioning import PREPARE, Conditioning
+from wan_fast.conditioning import PREPARE, Conditioning, texts_of
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request, WanFastError
 from wan_fast.dit import WanDiT
 from wan_fast.embeddings import Embeddings
@@ -31,6 +31,7 @@ from wan_fast.loading import load_model, reload
 from wan_fast.memory import GIB
 from wan_fast.merging import Merger
 from wan_fast.planning import Plan, plan
+from wan_fast.running import memory_guard, on_the_host, peak_bytes, tf32_convolutions
 from wan_fast.sampler import Run, denoise, directly
 from wan_fast.schedule import sampler_of
 from wan_fast.setup import Setup, set_up, with_loras
@@ -84,10 +85,11 @@ class Engine:
         self._kept: tuple[Any, Solver, Branches, Run] | None = None
         self._text: dict[str, Any] = {}
         self._captured: dict[str, int | str] = {}
+        self._uncapturable = False
         path = checkpoints.locate(config.checkpoint, config.spec)
         config = replace(config, checkpoint=str(path))
         self._setup = set_up(config)
-        with _memory_guard(self._setup, "a context on the device"):
+        with memory_guard(self._setup, "a context on the device"):
             self._setup = _free_now(self._setup)
         opened = self._setup.checkpoint
         assert opened is not None
@@ -97,13 +99,15 @@ class Engine:
         self.device = torch.device(self._setup.device.name)
         self.dtype = DTYPES[self._setup.dtype]
         self._settle_attention()
-        self._mergers = {name: Merger(files) for name, files in self._setup.loras.items()}
+        mergers = {name: Merger(files) for name, files in self._setup.loras.items()}
+        # tensors that are not the checkpoint's own, by expert
+        self._merged = {name: mergers[name].targets if name in mergers else frozenset() for name in opened.experts}
         self.embeddings = self._embeddings(opened)
         self._seconds: dict[str, float] = {}
-        with self._stage("load"), _memory_guard(self._setup, f"weights of {opened.num_bytes / GIB:.2f} GiB as stored"):
-            for merger in self._mergers.values():
+        with self._stage("load"), memory_guard(self._setup, f"weights of {opened.num_bytes / GIB:.2f} GiB as stored"):
+            for merger in mergers.values():
                 merger.check()
-            self._load(opened, request, on_progress or _silent)
+            self._load(opened, mergers, request, on_progress or _silent)
 
     def set_loras(self, loras: Sequence[str]) -> None:
         """Give the model other LoRAs: `PATH[:STRENGTH]`, as --lora takes them; none restores the checkpoint's own weights.
@@ -121,12 +125,15 @@ class Engine:
             merger.check()
         opened = setup.checkpoint
         assert opened is not None
-        with torch.inference_mode(), _memory_guard(self._setup, "a block's weights once more"):
+        self._kept = None
+        with torch.inference_mode(), memory_guard(self._setup, "a block's weights once more"):
             for name, part in opened.experts.items():
-                old, new = self._mergers.get(name), mergers.get(name)
-                changed = {*(old.targets if old else ()), *(new.targets if new else ())}
-                reload(self.models[name], part, changed, merger=new, **self._held(name))
-        self.config, self._setup, self._mergers, self._kept = config, setup, mergers, None
+                targets = mergers[name].targets if name in mergers else frozenset()
+                # should this be broken off, the next call mends it
+                self._merged[name] |= targets
+                reload(self.models[name], part, self._merged[name], merger=mergers.get(name), **self._held(name))
+                self._merged[name] = targets
+        self.config, self._setup = config, setup
 
     def plan(self, request: Request) -> Plan:
         """What `generate(request)` would do; needs no GPU time."""
@@ -180,11 +187,13 @@ class Engine:
             torch.inference_mode(),
             only_reference(self.config.kernels == "reference"),
             tf32_convolutions(todo.dtype == "bf16"),
-            _memory_guard(self._setup, f"peaks of {peaks}"),
+            memory_guard(self._setup, f"peaks of {peaks}"),
         ):
             yield
 
     def _latents(self, todo: Plan, on_step: Callable[[Step], None] | None, progress: Progress) -> Tensor:
+        if self._kept is not None and (todo.memory.graphs != "kept" or self._kept[0][0] != todo.latent_shape):
+            self._kept = None  # the plan does not count its memory
         with self._stage("prepare"):
             progress("prepare", 0, 1)
             conditioning = PREPARE[self.spec.kind](todo.request, self)
@@ -261,14 +270,16 @@ class Engine:
 
     def _run(self, todo: Plan) -> Run:
         """What does a step, or decodes a chunk: itself, or as a graph."""
-        if todo.memory.graphs == "off":
+        if todo.memory.graphs == "off" or self._uncapturable:
             return directly
-        return Graphs(self.capture(self.device, todo.memory.graphs == "kept"), optional=self.config.cuda_graphs is None)
+        roomy = todo.memory.graphs == "kept"
+        return Graphs(self.capture(self.device, roomy), optional=self.config.cuda_graphs is None, roomy=roomy)
 
     def _note(self, run: Run, what: str) -> None:
-        """Put into the accounts what was captured."""
+        """Put into the accounts what was captured; what cannot be is not tried again."""
         if isinstance(run, Graphs):
             self._captured[what] = run.refused or len(run.captured)
+            self._uncapturable = self._uncapturable or bool(run.refused)
 
     def _decode(
         self,
@@ -280,7 +291,7 @@ class Engine:
     ) -> None:
         """Give on_pixels the frames [f, H, W, 3] uint8, chunk by chunk."""
         done, memory = 0, todo.memory
-        run = self._run(todo) if memory.decode_graphs else None
+        run = self._run(todo) if memory.decode_graphs else directly
         progress("decode", 0, todo.request.num_frames)
         with self._at_work("vae") as vae:
             stream = vae.decode_stream(
@@ -290,14 +301,13 @@ class Engine:
                 tiles=memory.decode_tiles,
                 rounding=self.spec.image_only,  # the official writers truncate video and round pictures
                 on_frames=on_frames,
-                run=run,
+                run=None if run is directly else run,
             )
-            for pixels in _on_the_host(stream):
+            for pixels in on_the_host(stream):
                 on_pixels(pixels)
                 done += pixels.shape[0]
                 progress("decode", done, todo.request.num_frames)
-        if run is not None:
-            self._note(run, "decode")
+        self._note(run, "decode")
 
     def _noise(self, todo: Plan) -> tuple[Tensor, Callable[[], Tensor]]:
         """The noise to start from [C, T, H, W], and what draws more of it."""
@@ -350,7 +360,9 @@ class Engine:
 
     # --- models and where they are ------------------------------------------------------------------------------------
 
-    def _load(self, opened: checkpoints.Checkpoint, request: Request | None, progress: Progress) -> None:
+    def _load(
+        self, opened: checkpoints.Checkpoint, mergers: Mapping[str, Merger], request: Request | None, progress: Progress
+    ) -> None:
         text, vae, config = opened.text_encoder, opened.vae, self.config
         assert text is not None and vae is not None and opened.tokenizer is not None
         home = torch.device("cpu") if config.offload_model else self.device
@@ -381,7 +393,7 @@ class Engine:
                 partial(WanDiT, dims[name], self._attention, self._attention_8bit, config.keep_blocks or 0),
                 part,
                 home,
-                merger=self._mergers.get(name),
+                merger=mergers.get(name),
                 report=report,
                 **self._held(name),
             )
@@ -409,8 +421,7 @@ class Engine:
         """Whether the request's texts are in the cache, so that the encoder is not needed."""
         if request is None or self.embeddings is None:
             return False
-        todo = self.plan(request).request
-        return all(self.embeddings.has(text) for text in (todo.prompt, todo.negative_prompt))
+        return all(self.embeddings.has(text) for text in texts_of(self.plan(request).request).values())
 
     def _load_text(self, report: Callable[[int], None] | None = None) -> None:
         """Load the text encoder, if it is not there yet."""
@@ -471,7 +482,7 @@ class Engine:
             "seconds": dict(self._seconds),
             "text": dict(self._text),
             "graphs": dict(self._captured),
-            "peak_bytes": _peak_bytes(self.device),
+            "peak_bytes": peak_bytes(self.device),
             "plan": todo.to_dict(),
         }
 
@@ -486,25 +497,6 @@ def _into(frames: Tensor) -> Callable[[Tensor], None]:
         done += pixels.shape[0]
 
     return add
-
-
-def _on_the_host(chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The tensors on the CPU; from a GPU each is copied, and handed over, while the next one is computed."""
-    behind: tuple[Tensor, torch.cuda.Event] | None = None
-    for chunk in chunks:
-        if chunk.device.type == "cpu":
-            yield chunk
-            continue
-        host = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=True).copy_(chunk, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        if behind is not None:
-            behind[1].synchronize()
-            yield behind[0]
-        behind = host, copied
-    if behind is not None:
-        behind[1].synchronize()
-        yield behind[0]
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -530,40 +522,3 @@ def _offload(config: EngineConfig, setup: Setup, request: Request | None) -> boo
         return plan(config, Request(prompt="the default request"), setup).memory.offload
     except WanFastError:  # not even with it: a smaller request may
         return True
-
-
-def _peak_bytes(device: torch.device) -> int:
-    """Peak bytes of tensors on a GPU; of the whole process on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@contextmanager
-def tf32_convolutions(allowed: bool) -> Iterator[None]:
-    """TF32 in cuDNN's convolutions, as the official code leaves it, or true fp32; never in matrix products."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.allow_tf32, matmul.allow_tf32 = allowed, False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, matmul.allow_tf32 = before
-
-
-@contextmanager
-def _memory_guard(setup: Setup, expected: str) -> Iterator[None]:
-    """Turn an allocator's refusal into one line with the plan's numbers."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and not any(words in str(error) for words in ("allocate memory", "out of memory", "ALLOC_FAILED")):
-            raise
-        device = setup.device
-        raise WanFastError(
-            f"out of memory on {device.name}: the plan expected {expected}, with {device.free / GIB:.2f} GiB free at first; "
-            "free memory, take a smaller --size or --frame_num, or set --vram to what is free"
-        ) from error

@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import atan, cos, sin
 
 from wan_fast.errors import WanFastError
@@ -127,8 +128,10 @@ def parse_preset(text: str) -> tuple[str, float | None]:
     name, colon, number = text.strip().partition(":")
     known = PRESETS.get(name)
     if known is None and (name != OFF or colon):
+        close = get_close_matches(name, PRESETS, 1)
         raise WanFastError(
-            f"--preset must be one of {', '.join(PRESETS)} or off, got {text!r}; rcm takes a largest sigma: rcm-4step:120"
+            f"--preset must be one of {', '.join(PRESETS)} or off, got {text!r}; "
+            + (f"did you mean {close[0]}?" if close else "rcm takes a largest sigma: rcm-4step:120")
         )
     if not colon:
         return name, None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ class Graphs:
     Args:
         capture: records work without running it.
         optional: what cannot be captured is done as it is from then on, and that is said.
+        roomy: there is memory for graphs beside that of work of another kind; else they are captured anew after each first run.
     """
 
-    def __init__(self, capture: Capture, optional: bool = False) -> None:
-        self.capture, self.optional = capture, optional
+    def __init__(self, capture: Capture, *, optional: bool = False, roomy: bool = True) -> None:
+        self.capture, self.optional, self.roomy = capture, optional, roomy
         self.refused = ""
         self.met: set[Hashable] = set()
         self.captured: dict[Hashable, tuple[Callable[[], None], Any]] = {}
@@ -38,8 +40,12 @@ class Graphs:
         Raises:
             WanFastError: it cannot be captured.
         """
-        if kind not in self.met or self.refused:
+        if self.refused:
+            return work()
+        if kind not in self.met:
             self.met.add(kind)
+            if not self.roomy:
+                self.captured.clear()
             return work()
         if kind not in self.captured:
             try:
@@ -66,7 +72,7 @@ class CudaCapture:
     def __init__(self, device: torch.device, roomy: bool) -> None:
         self.device, self.roomy = device, roomy
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)
+        self.stream = _stream(device)
 
     def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         if not self.roomy:
@@ -88,3 +94,9 @@ class CudaCapture:
             raise WanFastError(f"CUDA graphs cannot be captured here ({reason[:200]}); add --no-cuda-graphs") from error
         current.wait_stream(self.stream)
         return graph.replay, result
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """To capture on; one for all, as libraries keep a workspace per stream."""
+    return torch.cuda.Stream(device)

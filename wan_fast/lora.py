@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import isfinite
-from os.path import exists, expanduser, isdir, splitext
+from os.path import basename, exists, expanduser, isdir, splitext
 
 from wan_fast.errors import WanFastError
 
@@ -40,6 +40,11 @@ class Lora:
             raise WanFastError(f"{flag}: the strength must be a finite number, got {self.strength}; 1 is as trained")
         if self.expert not in (None, *EXPERTS.values()):
             raise WanFastError(f"{flag}: expert must be {' or '.join(EXPERTS.values())}, got {self.expert!r}")
+
+    def __str__(self) -> str:
+        """Its file's name, strength and expert."""
+        to = f" in {self.expert}" if self.expert else ""
+        return f"{basename(self.path.rstrip('/'))}:{self.strength:g}{to}"
 
     @classmethod
     def parse(cls, text: str) -> tuple[Lora, ...]:

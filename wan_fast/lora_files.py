@@ -185,7 +185,7 @@ def _contents(path: Path) -> _Contents:
     keys = [(key, info.name) for part in parts.values() for key, info in part.items()]
     if not any(_role_of(name) or _UNSUPPORTED.search(key) for key, name in keys):
         some = ", ".join(key for key, _ in keys[:3]) or "no tensor"
-        raise WanFastError(f"{where} holds no LoRA but {some}; a whole model goes in the checkpoint, see --checkpoint")
+        raise WanFastError(f"{where} holds no LoRA but {some}; a whole model is given as --ckpt_dir")
     return _Contents(where, path, header.texts, parts, any(key.startswith("base_model.model.") for key, _ in keys))
 
 

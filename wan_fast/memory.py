@@ -131,10 +131,9 @@ def _short(config: EngineConfig, vae: manifest.VaeDims, device: Device, latent_s
 def _advice(config: EngineConfig, device: Device, dtype: str, stage: str) -> str:
     """Ways out of a plan that does not fit, those that help the stage at fault."""
     ways = [] if stage == "text" else ["take a smaller --size or --frame_num"]
-    if device.type != "cpu" and config.offload_model is False:
-        ways.append("leave out --offload_model False")
-    if device.type != "cpu" and config.cuda_graphs and config.offload_model is None:
-        ways.append("leave out --cuda-graphs, for which all models stay on the device")
+    held = ["--offload_model False"] * (config.offload_model is False) + ["--cuda-graphs"] * bool(config.cuda_graphs)
+    if device.type != "cpu" and held:
+        ways.append(f"leave out {' and '.join(held)}")
     if device.type != "cpu" and not config.t5_cpu and (stage == "text" or config.offload_model is False):
         ways.append("add --t5_cpu")
     if dtype == "fp32" and stage != "decode":

@@ -277,9 +277,10 @@ def _flops(
     forwards = sum(step.forwards for step in steps)
     dims = next(iter(models.experts.values()))
     used = len({step.expert for step in steps})
+    texts = 1 if all(step.unconditional == "none" for step in steps) else 2
     _, T, h, w = latent_shape
     flops = {
-        "text": 2 * manifest.text_flops(models.text, 512) + 2 * used * manifest.dit_text_flops(dims),
+        "text": texts * (manifest.text_flops(models.text, 512) + used * manifest.dit_text_flops(dims)),
         "denoise": forwards * manifest.dit_flops(dims, tokens),
         "decode": manifest.vae_flops(models.vae, "decoder", T, h, w),
     }

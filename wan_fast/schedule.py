@@ -125,6 +125,7 @@ def _rules(
         size=request.size,
         num_frames=request.num_frames,
         image=request.image is not None,
+        loras=[str(lora) for lora in config.loras if lora.strength],
     )
     released = fingerprint(manifest.DiTDims.of_task(config.spec), config.spec.experts)
     all_entries = entries or (calibration.published(config.task) if model == released else [])

@@ -526,7 +526,9 @@ class WanVAE(nn.Module):
                 yield from self.decoder(self.conv2(z), stream, piece, window)
             else:
                 frames = z.shape[0]
-                given = inputs.setdefault(frames, torch.empty_like(z)).copy_(z)
+                if frames not in inputs:
+                    inputs[frames] = torch.empty_like(z)
+                given = inputs[frames].copy_(z)
                 # the first two chunks find fewer histories than the others
                 kind = ("decode", frames, len(stream.history))
                 pieces = run(kind, partial(self._pieces, given, stream, piece))
