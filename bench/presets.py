@@ -1,29 +1,41 @@
-"""Cases of whole denoising runs: what --quality takes against lossless, all steps, both branches, on random weights.
+"""Cases of whole runs on random weights: what --quality takes against lossless, and distilled models of a few steps.
 
 Weights do not matter to which passes are computed: the plan is that of the released model, by its published curve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.gemm import in_8_bits
-from bench.networks import BF16, FP32, make_dit
+from bench.networks import BF16, FP32, make_dit, random_model
 from bench.registry import OURS, Case, Work
 from wan_fast import manifest
 from wan_fast.attention import choose, first_that_runs
 from wan_fast.branches import Branches
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request
+from wan_fast.graphs import Capture, CudaCapture, Graphs
 from wan_fast.manifest import DiTDims
 from wan_fast.planning import Plan, plan
-from wan_fast.sampler import denoise
+from wan_fast.running import on_the_host, tf32_convolutions
+from wan_fast.sampler import Run, denoise, directly
+from wan_fast.schedule import sampler_of
 from wan_fast.schemes import Form, default_keep
+from wan_fast.setup import Models
 from wan_fast.solver import Solver
+from wan_fast.vae import WanVAE
+
+# seconds wanted of three steps of TI2V-5B at 1280x704x121 on one H200, the prompt's embedding at hand
+FEW_STEPS_GOAL = ("few-steps/ti2v-5B/1280x704x121-3-steps/bf16", 6.0)
+IN_BF16 = f"{OURS}, bf16"
+ROOMY = partial(CudaCapture, roomy=True)
 
 
 def planned(quality: str, task: str, checkpoint: str | None, video: tuple[int, int, int], device: torch.device) -> Plan:
@@ -86,6 +98,159 @@ def denoising(
     )
 
 
+# --- a few steps, end to end --------------------------------------------------------------------------------------------
+
+
+def few_steps(task: str, checkpoint: str | None, video: tuple[int, int, int], preset: str, device: torch.device) -> Work:
+    """A prompt's embedding on the host to frames on the host, by a distilled model: on a GPU in 8 bits, and in bf16."""
+    options: dict[str, dict[str, Any]] = {OURS: {}}
+    if device.type == "cuda":
+        options = {OURS: {"precision": "fp8", "attention": "int8"}, IN_BF16: {}}
+    plans = {name: _of_few_steps(task, checkpoint, video, preset, device, given) for name, given in options.items()}
+    exact = list(plans.values())[-1]
+    models, in_bf16 = Models.of(exact.config.spec, exact.checkpoint), exact.dtype == "bf16"
+    dims, dtype = models.experts["model"], BF16 if in_bf16 else FP32
+    parts = make_dit(dims, exact.latent_shape, dtype, device)
+    vae = random_model(lambda: WanVAE(models.vae), manifest.vae_shapes(models.vae), device, lambda name: dtype)
+    noise = torch.randn(exact.latent_shape, device=device)
+    # a prompt of 64 tokens, as the cache of embeddings gives it
+    embedding = torch.empty(64, dims.text_dim, dtype=dtype, device="meta" if device.type == "meta" else "cpu").normal_()
+    stages: dict[str, dict[str, float]] = {}
+    findings: dict[str, dict[str, float]] = {}
+
+    def run(name: str) -> Callable[[], Tensor]:
+        todo, model = plans[name], parts["model"]
+        attend = None
+        if name == OURS and todo.config.precision == "fp8":
+            model = in_8_bits(model, Form("fp8"), default_keep(dims.num_layers))
+            rows = choose("int8", torch.cuda.get_device_capability(device), todo.dtype, dims.head_dim)
+            attend = first_that_runs(rows, device, dtype, dims.num_heads, dims.head_dim)[1]
+        for block in model.blocks:
+            block.self_attn.in_8_bits = attend
+        clip = Distilled(todo, model, vae, noise)
+
+        def call() -> Tensor:
+            with tf32_convolutions(in_bf16):
+                frames, stages[name] = clip.made(embedding)
+            if clip.kept is not None and isinstance(clip.kept[2], Graphs):
+                findings[name] = {"captured": float(len(clip.kept[2].captured))}
+            return frames
+
+        return call
+
+    return Work(
+        arms={name: partial(run, name) for name in plans},
+        rate="bf16" if in_bf16 else "fp32",
+        rates={name: _shares(todo) for name, todo in plans.items()},
+        tolerance=None,
+        flops=exact.flops["denoise"] + exact.flops["decode"] + manifest.dit_text_flops(dims),
+        stages=stages,
+        findings=findings,
+    )
+
+
+class Distilled:
+    """Makes clips of one plan as the engine does, with graphs where it would have them."""
+
+    def __init__(
+        self,
+        todo: Plan,
+        model: Any,
+        vae: WanVAE,
+        noise: Tensor,
+        capture: Callable[[torch.device], Capture] = ROOMY,
+    ) -> None:
+        self.todo, self.model, self.vae, self.noise, self.capture = todo, model, vae, noise, capture
+        self.kept: tuple[Solver, Branches, Run] | None = None
+
+    def made(self, embedding: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Frames [F, H, W, 3] uint8 on the host, and seconds by stage."""
+        todo, device = self.todo, self.noise.device
+        marks = [_now(device)]
+        solver, branches, run = self._started(embedding.to(device))
+        marks.append(_now(device))
+        denoise(todo.steps, branches, solver, run=run)
+        marks.append(_now(device))
+        (width, height), memory = todo.request.size, todo.memory
+        stream: Iterator[Tensor] = self.vae.decode_stream(
+            solver.latents,
+            chunk=memory.decode_chunk,
+            piece=memory.decode_piece,
+            tiles=memory.decode_tiles,
+            run=self._run() if memory.decode_graphs else None,
+        )
+        frames = torch.empty(todo.request.num_frames, height, width, 3, dtype=torch.uint8, device=embedding.device)
+        done = 0
+        for pixels in stream if device.type == "meta" else on_the_host(stream):
+            frames[done : done + pixels.shape[0]] = pixels
+            done += pixels.shape[0]
+        marks.append(_now(device))
+        spent = [end - start for start, end in pairwise(marks)]
+        return frames, dict(zip(("prepare", "denoise", "decode"), spent, strict=True))
+
+    def _started(self, text: Tensor) -> tuple[Solver, Branches, Run]:
+        steps, noise = self.todo.steps, self.noise
+        C, T, H, W = noise.shape
+        draw = lambda: torch.randn(T, C, H, W, device=noise.device).transpose(0, 1)  # noqa: E731
+        assert sampler_of(self.todo.request).time_first
+        if self.kept is None:
+            branches = Branches(steps, lambda name: self.model, {"conditional": text}, 0, noise.device)
+            self.kept = Solver(steps, noise, None, draw), branches, self._run()
+        else:
+            solver, branches, _ = self.kept
+            solver.start(steps, noise, None, draw)
+            branches.start(steps, {"conditional": text})
+        return self.kept
+
+    def _run(self) -> Run:
+        return directly if self.todo.memory.graphs == "off" else Graphs(self.capture(self.noise.device), optional=True)
+
+
+def _of_few_steps(
+    task: str,
+    checkpoint: str | None,
+    video: tuple[int, int, int],
+    preset: str,
+    device: torch.device,
+    options: Mapping[str, Any],
+) -> Plan:
+    name = str(device) if device.type == "cuda" else "cpu"
+    config = EngineConfig(task=task, checkpoint=checkpoint, device=name, vram=2**50, **options)
+    return plan(config, Request(prompt="a cat", size=video[:2], num_frames=video[2], preset=preset, seed=0))
+
+
+def _shares(todo: Plan) -> dict[str, float]:
+    """Of the operations of denoising and decoding, by the product that they run in."""
+    whole = todo.flops["denoise"] + todo.flops["decode"]
+    narrow = {kind: count / whole for kind, count in todo.flops_8bit.items()}
+    return narrow | {"bf16" if todo.dtype == "bf16" else "fp32": 1 - sum(narrow.values())}
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def few_steps_lines(row: Mapping[str, Any]) -> list[str]:
+    """Markdown of a case few-steps/*: arms by stage of their last call, and whether what is wanted was reached."""
+    stages = ("prepare", "denoise", "decode")
+    lines = [f"| `{row['case']}` | end to end | {' | '.join(stages)} |", "| --- " * 5 + "|"]
+    for name, arm in row["arms"].items():
+        by_stage = " | ".join(f"{arm['stages'][stage]:.3f} s" for stage in stages)
+        without = ", launched kernel by kernel" if arm.get("findings", {}).get("captured") == 0 else ""
+        lines.append(f"| {name}{without} | {arm['seconds']:.3f} s | {by_stage} |")
+    lines += [f"| {name} | not measured: {why} | | | |" for name, why in row["skipped"].items()]
+    case, wanted = FEW_STEPS_GOAL
+    if row["case"] == case:
+        reached = "reached" if row["arms"][OURS]["seconds"] <= wanted else "not reached"
+        lines += ["", f"{wanted:g} s or less is wanted of {OURS} on one H200: {reached} here."]
+    return ["", *lines, ""]
+
+
+# --- the rows -----------------------------------------------------------------------------------------------------------
+
 _PRESETS = ("fast", "high", "draft")
 _5B = partial(denoising, "ti2v-5B", None, (1280, 704, 121), _PRESETS)
 _1B = partial(denoising, "t2v-1.3B", None, (832, 480, 81), _PRESETS)
@@ -96,3 +261,15 @@ GPU_PRESET_CASES = (
     Case("quality/t2v-1.3B/832x480x81-50-steps/bf16", "cuda", _1B, 0.0),
 )
 CPU_PRESET_CASES = (Case("quality/tiny/128x128x33-50-steps/fp32", "cpu", _TINY, 40.0, True),)
+GPU_FEW_STEPS_CASES = (
+    Case(FEW_STEPS_GOAL[0], "cuda", partial(few_steps, "ti2v-5B", None, (1280, 704, 121), "fastwan-3step"), 15.0, True),
+)
+CPU_FEW_STEPS_CASES = (
+    Case(
+        "few-steps/tiny/128x128x33-3-steps/fp32",
+        "cpu",
+        partial(few_steps, "ti2v-5B", "tiny", (128, 128, 33), "fastwan-3step"),
+        8.0,
+        True,
+    ),
+)

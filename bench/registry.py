@@ -36,6 +36,7 @@ class Work:
     tolerance: relative L2 difference from our output that an arm may show; None where outputs are not comparable.
     stages: arm -> stage -> seconds of its latest call, where an arm fills it.
     errors: arm -> measure of its error -> value, where an arm fills it.
+    findings: arm -> what else was found of it -> value, where an arm fills it.
     """
 
     arms: Mapping[str, Build]
@@ -46,6 +47,7 @@ class Work:
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
     rates: Mapping[str, Rate] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    findings: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,8 @@ def run(case: Case, device: torch.device, roofs: Mapping[str, float]) -> tuple[d
             arm["stages"] = work.stages[name]
         if name in work.errors:
             arm["errors"] = work.errors[name]
+        if name in work.findings:
+            arm["findings"] = work.findings[name]
     del work, arms
     torch._dynamo.reset()  # what one case compiled must not make the next one's shapes dynamic
     gc.collect()

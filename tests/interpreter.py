@@ -64,8 +64,28 @@ def _mend_bounds() -> None:
     interpreter._patch_lang_tensor = patch
 
 
+def _mend_calls() -> None:
+    """A kernel's call of a function patches the whole language again, which takes longer than the function: once a launch."""
+    plain, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()
+
+    def patch(fn: Any) -> Any:
+        # what it patches is what the function's module has of it
+        if (module := id(fn.__globals__)) in patched:
+            return None
+        patched.add(module)
+        return plain(fn)
+
+    def call(self: Any, *args: Any, **settings: Any) -> None:
+        patched.clear()
+        launch(self, *args, **settings)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch, call
+
+
 def mend() -> None:
     _mend_bounds()
+    _mend_calls()
     _Builder.create_dot = _dot
     _Builder.cast_impl = _cast
     _Builder.create_fp_to_fp = lambda self, source, target, rounding: _cast(self, source, target)

@@ -7,6 +7,7 @@ import stat
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from wan_fast.checkpoint import locate, open_checkpoint
 from wan_fast.embeddings import Embeddings, fingerprint
 from wan_fast.headers import TensorInfo, read_header
 from wan_fast.tasks import TASKS
+from wan_fast.user_cache import user_cache
 from wan_fast.weights import Part
 
 TINY = open_checkpoint(locate("tiny", TASKS["ti2v-5B"]))
@@ -461,3 +463,10 @@ def test_files_that_vanish_meanwhile_are_no_error(tmp_path, caplog, monkeypatch)
     monkeypatch.setattr(type(tmp_path), "iterdir", lambda self: [*real(self), gone])
     cache.put("d", embedding())
     assert not caplog.records and all(cache.has(text) for text in "abcd")
+
+
+def test_a_user_without_a_home_has_a_cache_too(monkeypatch):
+    """As in a container that is run under a number that nobody has."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    assert user_cache().name == "wan-fast" and str(os.getuid()) in str(user_cache())

@@ -14,7 +14,7 @@ STDLIB = set(sys.stdlib_module_names)
 
 # A module may import the modules of lower levels, and what is in its own folder.
 LEVELS: list[set[str]] = [
-    {"errors", "kernels", "tasks"},
+    {"errors", "kernels", "tasks", "user_cache"},
     {"caches", "few_steps", "lora"},
     {"config"},
     {"calibration", "device", "flags", "headers", "manifest", "names", "steps"},
@@ -50,6 +50,7 @@ OUTSIDE: dict[str, set[str]] = {
             "errors",
             "caches",
             "few_steps",
+            "user_cache",
             "lora",
             "lora_files",
             "calibration",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_fast.errors import WanFastError
+from wan_fast.user_cache import user_cache
 
 FILE = "wan_fast_caches.json"
 PUBLISHED = Path(__file__).parent / "assets" / "published_caches.json"
@@ -84,8 +85,7 @@ def own(checkpoint: Path | None, fingerprint: str, given: str | None) -> list[Ca
 
 def in_user_cache(checkpoint: Path) -> Path:
     """Where a calibration goes whose checkpoint cannot be written to."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "wan-fast" / "calibrations" / f"{hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()[:16]}.json"
+    return user_cache() / "calibrations" / f"{hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()[:16]}.json"
 
 
 def read(file: Path, fingerprint: str) -> list[Calibration]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from wan_fast.encoders import clean
 from wan_fast.headers import TensorInfo, read_header
+from wan_fast.user_cache import user_cache
 from wan_fast.weights import Part
 
 # bytes of the folder; an embedding is up to 512 x 4096 in bf16, 4 MiB: 64 of the longest, some hundreds of the usual length
@@ -55,8 +56,7 @@ class Embeddings:
             limit: bytes the folder may hold; those not used for longest go first.
         """
         self.text_encoder, self.tokenizer, self.settings, self.limit = text_encoder, tokenizer, settings, limit
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.folder = folder or cache / "wan-fast" / "embeddings"
+        self.folder = folder or user_cache() / "embeddings"
         self._told = False
 
     def has(self, text: str) -> bool:

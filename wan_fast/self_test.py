@@ -19,6 +19,7 @@ from torch import Tensor
 
 from wan_fast import kernels
 from wan_fast.kernels import rope_table
+from wan_fast.user_cache import user_cache
 
 # dB that the whole result and each of its rows must reach. Emulated, int8 has 43 and 26 there, FP8 38 and 18; without the last
 # key, with keys beyond it, or with tokens in another order 22 and 9 at most. A scale wrong by a tenth may pass.
@@ -104,7 +105,7 @@ def _identity(name: str, module: str, device: torch.device, dtype: torch.dtype, 
 
 
 def _memory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wan-fast" / "self-tests.json"
+    return user_cache() / "self-tests.json"
 
 
 def _remembered(memory: Path) -> dict[str, float]:
