@@ -353,8 +353,8 @@ from wan_fast import cli, planning
 import torch, transformers.models.umt5.modeling_umt5, av
 torch.set_num_threads(1)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 700 * 2**20, resource.RLIM_INFINITY))
-sys.exit(cli.main("run --task ti2v-5B --ckpt_dir tiny --prompt x --size 2048x2048 --frame_num 5 --sample_steps 1 "
+resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20, resource.RLIM_INFINITY))
+sys.exit(cli.main("run --task ti2v-5B --ckpt_dir tiny --prompt x --size 1024x1024 --frame_num 5 --sample_steps 1 "
     "--quiet --save_file {tmp_path}/x.mp4".split()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)

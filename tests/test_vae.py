@@ -180,11 +180,12 @@ def test_how_a_clip_is_cut_changes_nothing(version, dtype, monkeypatch):
     monkeypatch.setattr("wan_fast.kernels._check.FLOATS", (*FLOATS, torch.float64))
     monkeypatch.setattr(WanVAE, "_pixels", lambda self, x: unpatchify(x, self.spec.patch))  # not rounded to fp32, nor clamped
     vae, limit = small_vae(version).to(dtype), 1e-10 if dtype == torch.float64 else 5e-6
-    for h, w in ((2, 14), (13, 3)):
+    in_time = [*({"chunk": chunk} for chunk in (2, 3, 5)), *({"piece": piece} for piece in (1, 2, 3)), {"chunk": 2, "piece": 3}]
+    in_strips = [{"tiles": 2}, {"chunk": 3, "piece": 1, "tiles": 5}]
+    for (h, w), cuts in (((3, 2), in_time), ((2, 14), in_strips), ((13, 3), in_strips)):
         latents = random_latents(vae, 5, h, w)
         one = torch.cat([*vae.decode_chunks(latents)], dim=1)
-        cuts = [{"chunk": chunk} for chunk in (2, 3, 5)] + [{"piece": piece} for piece in (1, 2, 3)]
-        for cut in (*cuts, {"chunk": 2, "piece": 3}, {"tiles": 2}, {"chunk": 3, "piece": 1, "tiles": 5}):
+        for cut in cuts:
             assert relative_error(torch.cat([*vae.decode_chunks(latents, **cut)], dim=1), one) < limit, cut
     video = random_video(vae, 21, 3, 5)
     one = vae.encode(video)
@@ -244,22 +245,30 @@ def test_memory_does_not_grow_with_the_video(version, monkeypatch):
 
 
 LONGER = """
-import resource, sys, torch
+import sys, torch
 from test_vae import random_latents, small_vae
-on_gpu = torch.cuda.is_available()
-vae = small_vae(sys.argv[1], decoder_dim=4).to("cuda" if on_gpu else "cpu")
-torch.set_num_threads(2)
-for num_latents in (2, 6):
-    latents = random_latents(vae, num_latents, 68, 120)
+
+def held():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # getrusage counts what the parent held when it started this process
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+vae = small_vae(sys.argv[1], decoder_dim=4).to("cuda" if torch.cuda.is_available() else "cpu")
+torch.set_num_threads(1)
+for num_latents, h, w in ((2, 2, 2), (2, 24, 40), (6, 24, 40)):
+    latents = random_latents(vae, num_latents, h, w)
     count = sum(len(pixels) for pixels in vae.decode_stream(latents, piece=1))
-    peak = torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(count, peak - latents.nbytes)
+    print(count, held() - latents.nbytes)
 """
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_longer_video_takes_no_more_memory(version):
-    """5 and then 21 frames, of 1088 x 1920 in 2.2, in a process of its own: what it holds at most does not grow."""
+    """5 and then 21 frames, of 384 x 640 in 2.2, in a process of its own: what it holds at most does not grow.
+
+    Beside what it holds at most of tiny ones, which is PyTorch and the model.
+    """
     command = [sys.executable, "-c", LONGER, version]
     # freed blocks go back to the system, so that its count is that of live memory
     environment = os.environ | {
@@ -268,9 +277,9 @@ def test_a_longer_video_takes_no_more_memory(version):
     }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
-    (few, short), (many, long) = (map(int, line.split()) for line in done.stdout.splitlines())
-    assert (few, many) == (5, 21)
-    assert long <= 1.05 * short
+    (tiny, before), (few, short), (many, long) = (map(int, line.split()) for line in done.stdout.splitlines())
+    assert (tiny, few, many) == (5, 5, 21)
+    assert 0 < long - before <= 1.05 * (short - before)
 
 
 def test_calls_are_independent():
