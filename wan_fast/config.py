@@ -249,6 +249,8 @@ class EngineConfig:
         if isinstance(self.lora, str):
             raise WanFastError(f"lora must be a list of PATH[:STRENGTH], got the text {self.lora!r}; write [{self.lora!r}]")
         _ = self.loras
+        if self.cuda_graphs and self.kernels == "reference":
+            raise WanFastError("--cuda-graphs is for kernels, --kernels reference copies numbers from the host; leave one out")
         if self.cuda_graphs and self.offload_model:
             raise WanFastError(
                 "--cuda-graphs and --offload_model True exclude each other: a graph holds the addresses of weights, and these "

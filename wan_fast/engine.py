@@ -81,11 +81,12 @@ class Engine:
 
     def __init__(self, config: EngineConfig, *, request: Request | None = None, on_progress: Progress | None = None) -> None:
         self.branches: Callable[..., Branches] = Branches
-        self.capture: Callable[..., Capture] = CudaCapture
+        self.capture: Callable[[torch.device, bool], Capture] = self._capturing
+        self._cuda: CudaCapture | None = None
         self._kept: tuple[Any, Solver, Branches, Run] | None = None
         self._text: dict[str, Any] = {}
         self._captured: dict[str, int | str] = {}
-        self._uncapturable = False
+        self._uncapturable = self._half_done = False
         path = checkpoints.locate(config.checkpoint, config.spec)
         config = replace(config, checkpoint=str(path))
         self._setup = set_up(config)
@@ -104,7 +105,8 @@ class Engine:
         self._merged = {name: mergers[name].targets if name in mergers else frozenset() for name in opened.experts}
         self.embeddings = self._embeddings(opened)
         self._seconds: dict[str, float] = {}
-        with self._stage("load"), memory_guard(self._setup, f"weights of {opened.num_bytes / GIB:.2f} GiB as stored"):
+        guard = memory_guard(self._setup, f"weights of {opened.num_bytes / GIB:.2f} GiB as stored")
+        with self._stage("load"), tf32_convolutions(False), guard:
             for merger in mergers.values():
                 merger.check()
             self._load(opened, mergers, request, on_progress or _silent)
@@ -116,7 +118,8 @@ class Engine:
         bit, however often they were changed before.
 
         Raises:
-            WanFastError: a LoRA cannot be read, or is not one for this model; all is as it was.
+            WanFastError: a LoRA cannot be read, or is not one for this model; all is as it was. What is broken off later leaves
+                a mixed model, which refuses to run until this has been called again.
         """
         config = replace(self.config, lora=tuple(loras))
         setup = with_loras(self._setup, config)
@@ -125,15 +128,15 @@ class Engine:
             merger.check()
         opened = setup.checkpoint
         assert opened is not None
-        self._kept = None
-        with torch.inference_mode(), memory_guard(self._setup, "a block's weights once more"):
+        self._kept, self._half_done = None, True
+        with torch.inference_mode(), tf32_convolutions(False), memory_guard(self._setup, "a block's weights once more"):
             for name, part in opened.experts.items():
                 targets = mergers[name].targets if name in mergers else frozenset()
                 # should this be broken off, the next call mends it
                 self._merged[name] |= targets
                 reload(self.models[name], part, self._merged[name], merger=mergers.get(name), **self._held(name))
                 self._merged[name] = targets
-        self.config, self._setup = config, setup
+        self.config, self._setup, self._half_done = config, setup, False
 
     def plan(self, request: Request) -> Plan:
         """What `generate(request)` would do; needs no GPU time."""
@@ -182,6 +185,8 @@ class Engine:
     @contextmanager
     def _running(self, todo: Plan) -> Iterator[None]:
         """What holds while a plan is carried out."""
+        if self._half_done:
+            raise WanFastError("changing LoRAs was broken off, and weights are mixed; call set_loras again")
         peaks = ", ".join(f"{stage} {count / GIB:.2f} GiB" for stage, count in todo.memory.peak.items())
         with (
             torch.inference_mode(),
@@ -239,12 +244,16 @@ class Engine:
         progress("denoise", 0, len(todo.steps))
         try:
             denoise(todo.steps, branches, solver, run=run, on_step=report)
-            return solver.latents if self._kept is None else solver.latents.clone()
+            latents = solver.latents if self._kept is None else solver.latents.clone()
+        except BaseException:
+            self._kept = None  # its memory holds half a clip
+            raise
         finally:
             self._expert(None)
             self._note(run, "steps")
             if todo.memory.graphs != "kept":
                 self._kept = None
+        return latents
 
     def _started(self, todo: Plan, conditioning: Conditioning) -> tuple[Solver, Branches, Run]:
         """What a clip is denoised with. Where graphs are kept, and they fit, it is that of the clip before, begun anew."""
@@ -274,6 +283,11 @@ class Engine:
             return directly
         roomy = todo.memory.graphs == "kept"
         return Graphs(self.capture(self.device, roomy), optional=self.config.cuda_graphs is None, roomy=roomy)
+
+    def _capturing(self, device: torch.device, roomy: bool) -> Capture:
+        """What captures on a GPU: one for all graphs of the engine."""
+        self._cuda = self._cuda or CudaCapture(device)
+        return partial(self._cuda, roomy=roomy)
 
     def _note(self, run: Run, what: str) -> None:
         """Put into the accounts what was captured; what cannot be is not tried again."""

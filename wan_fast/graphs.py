@@ -7,9 +7,10 @@ reads nothing of the host and keeps all its state where it is: the caller's prom
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
-from functools import cache
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -43,10 +44,11 @@ class Graphs:
         if self.refused:
             return work()
         if kind not in self.met:
-            self.met.add(kind)
             if not self.roomy:
                 self.captured.clear()
-            return work()
+            result = work()
+            self.met.add(kind)  # not before: what was broken off has warmed up nothing
+            return result
         if kind not in self.captured:
             try:
                 self.captured[kind] = self.capture(work)
@@ -62,25 +64,31 @@ class Graphs:
 
 
 class CudaCapture:
-    """Captures with the CUDA runtime; the graphs, no two of which run at once, share one pool of memory.
+    """Captures with the CUDA runtime; the graphs, no two of which run at once, share one pool of memory, and one stream to be
+    captured on.
 
     Args:
         device: where the work runs.
-        roomy: the memory that the work took is not given back to the device first, so that nothing waits for it.
     """
 
-    def __init__(self, device: torch.device, roomy: bool) -> None:
-        self.device, self.roomy = device, roomy
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = _stream(device)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool: Any = None
+        self.alive: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
-    def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        if not self.roomy:
+    def __call__(self, work: Callable[[], Any], *, roomy: bool) -> tuple[Callable[[], None], Any]:
+        """`roomy`: the memory that the work took is not given back to the device first, so that nothing waits for it."""
+        dead = self.pool is not None and not self.alive
+        if dead or not roomy:
             torch.cuda.empty_cache()
+        if self.pool is None or dead:  # a pool that has no graph left is not taken up again
+            self.pool = torch.cuda.graph_pool_handle()
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self.stream):
+            # cuBLAS's workspace would lie in the pool, and outlive it
+            with _without_workspaces(), torch.cuda.stream(self.stream):
                 # other threads, a video's writer say, may go on calling CUDA
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 try:
@@ -88,15 +96,22 @@ class CudaCapture:
                 finally:
                     graph.capture_end()
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            # the end of a capture that has failed fails as well
+            first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            reason = next(iter(str(first).strip().splitlines()), type(first).__name__)
             raise WanFastError(f"CUDA graphs cannot be captured here ({reason[:200]}); add --no-cuda-graphs") from error
         current.wait_stream(self.stream)
+        self.alive.add(graph)
         return graph.replay, result
 
 
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """To capture on; one for all, as libraries keep a workspace per stream."""
-    return torch.cuda.Stream(device)
+@contextmanager
+def _without_workspaces() -> Iterator[None]:
+    """cuBLAS has none when this begins, and none that was made meanwhile when it ends."""
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()

@@ -91,10 +91,13 @@ def memory_plan(
         }
         peak = {stage: resident[stage] + working[stage] for stage in at_work}
         if max(peak.values()) <= budget:
-            graphs = "off" if device.type == "cpu" or config.cuda_graphs is False or offload else "released"
+            # references copy numbers from the host
+            without = device.type == "cpu" or config.cuda_graphs is False or config.kernels == "reference"
+            graphs = "off" if without or offload else "released"
             # a graph has memory of its own, beside that of the run that warmed it up
+            chunks = graphs != "off" and tiles == 1 and _short(config, models.vae, device, latent_shape, chunk)
             twice = {stage: count + working["denoise"] for stage, count in peak.items()}
-            twice["decode"] += working["decode"]
+            twice["decode"] += chunks * working["decode"]
             if graphs != "off" and max(twice.values()) <= budget:
                 peak, graphs = twice, "kept"
             return MemoryPlan(
@@ -107,7 +110,7 @@ def memory_plan(
                 decode_piece=piece,
                 decode_tiles=tiles,
                 graphs=graphs,
-                decode_graphs=graphs != "off" and tiles == 1 and _short(config, models.vae, device, latent_shape, chunk),
+                decode_graphs=chunks,
             )
     worst = max(peak, key=lambda stage: peak[stage])
     absent = "" if setup.checkpoint else f" (checkpoint {config.checkpoint or config.spec.hub_id} is not here: released sizes)"
