@@ -173,7 +173,7 @@ def capture_on(device: torch.device) -> Capture:
     """
     if device.type != "cuda":
         raise NotHere("CUDA graphs need a GPU")
-    return CudaCapture(device, roomy=True)
+    return partial(CudaCapture(device), roomy=True)
 
 
 # --- what is found of an arm --------------------------------------------------------------------------------------------

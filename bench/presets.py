@@ -35,7 +35,10 @@ from wan_fast.vae import WanVAE
 # seconds wanted of three steps of TI2V-5B at 1280x704x121 on one H200, the prompt's embedding at hand
 FEW_STEPS_GOAL = ("few-steps/ti2v-5B/1280x704x121-3-steps/bf16", 6.0)
 IN_BF16 = f"{OURS}, bf16"
-ROOMY = partial(CudaCapture, roomy=True)
+
+
+def ROOMY(device: torch.device) -> Capture:
+    return partial(CudaCapture(device), roomy=True)
 
 
 def planned(quality: str, task: str, checkpoint: str | None, video: tuple[int, int, int], device: torch.device) -> Plan:

@@ -150,19 +150,19 @@ _CANDIDATES = tuple(
 )
 
 
-def _config(capability: int, dtype: torch.dtype, scaled_in_loop: bool, then: str) -> dict[str, int]:
+def _config(capability: int, dtype: torch.dtype, scaled_in_loop: bool, then: str, out: torch.dtype) -> dict[str, int]:
     """Tiles: the largest whose sums fit 255 registers without spilling; not tuned on a device yet.
 
     On 9.0 e4m3 has two sums, the tensor cores' and the true one, and int8 one: 128 x 128 and 128 x 256 in 8 warps. Where the
     loop scales or the result is scaled by groups, other cards than those of data centres hold half as much. To add to a result
-    takes as many registers as the sums. Three stages of 128 x 128 x 128 fit the 99 KB of shared memory of all.
+    takes as many registers as the sums. Three stages of 128 x 128 x 128 fit the 99 KB of shared memory of all; of 128 x 256 the
+    227 KB of 9.0, if the result, which passes through it too, is not in fp32 (272 KB: refused by an H200).
     """
     if then == "add":
         return _candidate(128, 64, 128, 8, 3)
     if capability in (90, 100, 103):
-        return _candidate(
-            128, 256 if capability == 90 and dtype == torch.int8 and not scaled_in_loop and not then else 128, 128, 8, 3
-        )
+        wide = capability == 90 and dtype == torch.int8 and not scaled_in_loop and not then and out != torch.float32
+        return _candidate(128, 256 if wide else 128, 128, 8, 3)
     return _candidate(64 if scaled_in_loop or then == "groups" else 128, 128, 128, 8, 3)
 
 
@@ -200,7 +200,7 @@ def _run(
         return
     a_form, b_form = _a_form(a_scale), "blocks" if b_scale.ndim == 2 else "rows"
     capability = _capability(a)
-    config = _config(capability, a.dtype, a_form == "groups" or b_form == "blocks", then)
+    config = _config(capability, a.dtype, a_form == "groups" or b_form == "blocks", then, out.dtype)
     a, tma = a.view(M, K), capability >= 90 and K % 16 == a.data_ptr() % 16 == b.data_ptr() % 16 == 0
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
 

@@ -37,6 +37,8 @@ FOUR = {
     16: ([1, 0.979592, 0.941176, 0.842105], [1000, 979.591837, 941.176471, 842.105263]),
 }
 # the last three of each are the same; timesteps are told in bf16, whose numbers here are 4 apart
+# whose authors draw fresh noise as [T, C, H, W]
+TIME_FIRST = ("fastwan-3step", "self-forcing-4step")
 RCM = {80: (0.987654, 988), 120: (0.991736, 992), 200: (0.995025, 996), 1600: (0.999375, 1000)}
 # (task, preset, steps, shift) as given -> (sigmas, timesteps, what the first noise is multiplied by)
 SAMPLERS = {
@@ -122,7 +124,7 @@ def test_constants(case):
     assert made.timesteps == pytest.approx(timesteps, abs=6e-7)
     assert made.start == pytest.approx(start, abs=6e-7)
     assert made.solver == PRESETS[name].solver == ("euler" if name in ODE else "lcm")
-    assert made.time_first == (name == "fastwan-3step")
+    assert made.time_first == (name in TIME_FIRST)
     assert made.split == (2 if name == "lightning-4step" else None)
 
 
@@ -264,7 +266,7 @@ def randn(generator, *shape):
 
 
 def fresh(generator, name, C, T, H, W):
-    return randn(generator, T, C, H, W).transpose(0, 1) if name == "fastwan-3step" else randn(generator, C, T, H, W)
+    return randn(generator, T, C, H, W).transpose(0, 1) if name in TIME_FIRST else randn(generator, C, T, H, W)
 
 
 def test_a_seed_makes_the_same_clip_also_from_a_file(engine, tmp_path):
@@ -441,6 +443,9 @@ def test_the_plan_has_one_pass_a_step():
         ("lora_24steps.safetensors", None),
         ("lightx2v_14steps.safetensors", None),
         ("greased_lightning_vfx.safetensors", None),
+        ("dance_4_steps_lora.safetensors", None),
+        ("rcm_style.safetensors", None),
+        ("Wan2.2-Lightning-8steps-LOW.safetensors", None),
         ("lightx2v_T2V_14B_cfg_step_distill_v2_lora_rank64_bf16.safetensors", "lightning-4step"),
     ],
 )

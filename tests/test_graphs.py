@@ -505,6 +505,19 @@ def test_other_loras_begin_anew(tmp_path):
     assert [tape.captures for tape in tapes] == [1, 1, 1]
 
 
+def test_a_step_that_was_broken_off_has_warmed_up_nothing(monkeypatch):
+    made, _ = engine("kept")
+
+    def broken_off(*args, **settings):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine_module.WanDiT, "forward", broken_off)
+        made.generate(SHORT)
+    for request in (SHORT, asked(prompt="a green square", seed=5), SHORT):
+        assert_same(clip(made, request)[0], wanted(request))
+
+
 def test_an_engine_without_a_choice_does_without_graphs(caplog):
     made, _ = engine("kept")
     made.capture = lambda device, roomy: no_capture([])

@@ -409,11 +409,26 @@ def test_experts_by_name(tmp_path, name, expert):
     found = open_loras([Lora(path)], TWO)
     assert [key for key, files in found.items() if files] == [expert] if expert else ["high_noise", "low_noise"]
     warnings = {warning for files in found.values() for file in files for warning in file.warnings}
-    assert warnings == (
-        set() if expert else {f"{name}.safetensors goes to both experts; choose with --lora high=PATH or --lora low=PATH"}
-    )
+    told = f"{name}.safetensors goes to both experts; choose with --lora high=PATH or --lora low=PATH"
+    if expert:
+        told = (
+            f"{name}.safetensors goes to the {expert.replace('_', '-')} expert by its name alone; else say --lora high= or low="
+        )
+    assert warnings == (set() if "noise" in name.lower() else {told})
     alone = opened(path).warnings
     assert ("and this model has only one" in " ".join(alone)) == bool(expert)
+
+
+def test_what_is_said_goes_before_a_word_that_may_mean_another_thing(tmp_path):
+    path = one_module(tmp_path, factors(), "low-rank32.safetensors")
+    assert [key for key, files in open_loras([Lora(path, 1, "high_noise")], TWO).items() if files] == ["high_noise"]
+
+
+def test_a_pair_under_its_published_names(tmp_path):
+    for expert in ("high", "low"):
+        one_module(tmp_path, factors(), f"wan2.2_i2v_A14b_{expert}_noise_lora_rank64_lightx2v_4step_1022.safetensors")
+    found = open_loras([Lora(str(tmp_path))], TWO)
+    assert all(expert in file.path.name for expert, files in found.items() for file in files) and all(found.values())
 
 
 def test_experts_as_told(tmp_path):
@@ -572,7 +587,7 @@ def test_keys_left_over(tmp_path, keys, message):
 
 def test_no_lora_at_all(tmp_path):
     with pytest.raises(
-        WanFastError, match=r"holds no LoRA but blocks.0.cross_attn.k.bias, .*a whole model goes in the checkpoint"
+        WanFastError, match=r"holds no LoRA but blocks.0.cross_attn.k.bias, .*a whole model is given as --ckpt_dir"
     ):
         opened(save(tmp_path / "model.safetensors", WEIGHTS))
     with pytest.raises(WanFastError, match="holds no LoRA but no tensor"):

@@ -1,6 +1,7 @@
 """LoRAs through the engine: merged as it loads, switched while it runs, and gone without a trace."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -84,8 +85,6 @@ def test_switching_gives_what_a_new_engine_would_have_and_leaves_no_trace(settin
 
 def test_a_merged_engine_is_that_of_merged_weights(loras, tmp_path):
     """Against a checkpoint whose weights were merged before, in fp64."""
-    import shutil
-
     config = tiny()
     source = checkpoints.locate("tiny", config.spec)
     folder = shutil.copytree(source, tmp_path / "merged")
@@ -133,6 +132,43 @@ def test_what_cannot_be_changes_nothing(loras, tmp_path):
         assert same(weights(engine), before) and engine.config == config
 
 
+def test_what_is_broken_off_does_not_run_and_is_mended_by_the_next_call(loras, monkeypatch):
+    import wan_fast.engine as module
+
+    engine = Engine(tiny())
+    base, plain = weights(engine), engine.generate(REQUEST).latents
+
+    def broken_off(model, part, names, *args, reload=module.reload, **how):
+        reload(model, part, sorted(names)[:5], *args, **how)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "reload", broken_off)
+        engine.set_loras([loras[0]])
+    assert not same(weights(engine), base)
+    with pytest.raises(WanFastError, match="broken off, and weights are mixed; call set_loras again"):
+        engine.generate(REQUEST)
+    engine.set_loras([])
+    assert same(weights(engine), base) and torch.equal(engine.generate(REQUEST).latents, plain)
+
+
+@pytest.mark.parametrize("wrong", ["style.safetensors", None, [1], [("style.safetensors", 0.5)]], ids=str)
+def test_what_is_no_list_of_texts_is_refused(wrong):
+    with pytest.raises(WanFastError, match=r"lora must be a list of PATH\[:STRENGTH\], got"):
+        tiny(lora=wrong)
+
+
+def test_a_preset_needs_a_lora_in_every_expert(two_experts):
+    folder, lora = two_experts
+    named = shutil.copy(lora, folder / "wan2.2_lightx2v_4step.safetensors")
+    config = {"task": "t2v-A14B", "checkpoint": str(folder), "device": "cpu"}
+    request = Request(prompt="x")
+    one = plan(EngineConfig(**config, lora=(f"high={named}",)), request)
+    assert one.request.preset is None and "give the other expert's too" in " ".join(one.warnings)
+    assert plan(EngineConfig(**config, lora=(str(named),)), request).request.preset == "lightning-4step"
+    assert plan(EngineConfig(**config, lora=(f"{named}:0",)), request).request.preset is None
+
+
 def test_a_bad_lora_is_told_before_weights_are_read(loras, tmp_path, monkeypatch, capsys):
     import wan_fast.engine as module
 
@@ -142,7 +178,7 @@ def test_a_bad_lora_is_told_before_weights_are_read(loras, tmp_path, monkeypatch
     save_file({**state, key: torch.full_like(state[key], float("inf"))}, tmp_path / "inf.safetensors")
     with pytest.raises(WanFastError, match="inf in"):
         Engine(tiny(lora=(str(tmp_path / "inf.safetensors"),)))
-    command = [*"run --task ti2v-5B --ckpt_dir tiny --prompt x --quiet --save_file".split(), str(tmp_path / "x.mp4")]
+    command = f"run --task ti2v-5B --ckpt_dir tiny --prompt x --quiet --save_file {tmp_path}/x.mp4".split()
     for lora in (f"{loras[0]}:nan", f"{loras[0]}:x", "nowhere.safetensors", f"high={loras[0]}", ""):
         assert main([*command, "--lora", lora]) == 2
         line = capsys.readouterr().err

@@ -431,6 +431,7 @@ def _calibrate(words: Sequence[str]) -> int:
         print(f"mask        {row['mask']}  {row['mask'].count('#')} steps computed, {row['psnr']:.1f} dB")
     run = f"wan-fast run --task {parsed.task} --ckpt_dir {shlex.quote(parsed.checkpoint)} --sample_steps {found.num_steps}"
     given = f" --calibration {shlex.quote(recording.out)}" if recording.out else ""
+    given += "".join(f" --lora {shlex.quote(lora)}" for lora in config.lora)
     print(f'next        {run}{given} --step-cache auto --prompt "..."')
     print(file)
     return 0

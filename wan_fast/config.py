@@ -246,8 +246,8 @@ class EngineConfig:
                 f"--calibration {str(self.calibration)!r} is not a file; check the path, or run wan-fast calibrate"
             )
         _check_choice(self, "kernels", "auto", "reference")
-        if isinstance(self.lora, str):
-            raise WanFastError(f"lora must be a list of PATH[:STRENGTH], got the text {self.lora!r}; write [{self.lora!r}]")
+        if not isinstance(self.lora, (list, tuple)) or not all(isinstance(lora, str) for lora in self.lora):
+            raise WanFastError(f"lora must be a list of PATH[:STRENGTH], got {self.lora!r}; for example ['style.safetensors']")
         _ = self.loras
         if self.cuda_graphs and self.kernels == "reference":
             raise WanFastError("--cuda-graphs is for kernels, --kernels reference copies numbers from the host; leave one out")

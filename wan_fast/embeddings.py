@@ -72,7 +72,7 @@ class Embeddings:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
-            _log.warning("%s is no whole embedding (%s); it is deleted, and the text encoded anew", file, error)
+            _log.warning("%s is no whole embedding (%s); it is to be deleted, and the text encoded anew", file, error)
             with suppress(OSError):
                 file.unlink()
             return None

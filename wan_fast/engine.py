@@ -121,7 +121,8 @@ class Engine:
             WanFastError: a LoRA cannot be read, or is not one for this model; all is as it was. What is broken off later leaves
                 a mixed model, which refuses to run until this has been called again.
         """
-        config = replace(self.config, lora=tuple(loras))
+        # what is no list is refused there
+        config = replace(self.config, lora=tuple(loras) if isinstance(loras, (list, tuple)) else loras)  # type: ignore[arg-type]
         setup = with_loras(self._setup, config)
         mergers = {name: Merger(files) for name, files in setup.loras.items()}
         for merger in mergers.values():

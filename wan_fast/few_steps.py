@@ -57,12 +57,20 @@ def shifted(u: float, shift: float) -> float:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def _listed(values: Sequence[float], solver: str, split: int | None = None) -> Callable[[int, float, float], Sampler]:
+def _listed(
+    values: Sequence[float], solver: str, *, split: int | None = None, time_first: bool = False
+) -> Callable[[int, float, float], Sampler]:
     """Noise levels in thousandths, before the shift; the model is told the shifted ones, not rounded."""
 
     def make(num_steps: int, shift: float, sigma_max: float) -> Sampler:
         sigmas = [shifted(value / 1000, shift) for value in values]
-        return Sampler(sigmas=(*sigmas, 0.0), timesteps=tuple(1000 * sigma for sigma in sigmas), solver=solver, split=split)
+        return Sampler(
+            sigmas=(*sigmas, 0.0),
+            timesteps=tuple(1000 * sigma for sigma in sigmas),
+            solver=solver,
+            split=split,
+            time_first=time_first,
+        )
 
     return make
 
@@ -97,18 +105,19 @@ PRESETS: Mapping[str, Preset] = {
         solver="euler",
         steps=(4,),
         shift=5.0,
-        named=r"wan2.?2.lightning|(?:lightning|lightx2v).*(?<!\d)4.?steps?|(?<!\d)4.?steps?.*(?:lightx2v|lora)|step.?distill",
+        named=r"^(?!.*(?<!\d)8.?steps?)(?:.*wan2.?2.lightning|.*(?:wan|lightx2v|seko).*(?<!\d)4.?steps?|.*(?:wan|lightx2v).*step.?distill)",
         make=_listed(_FOUR, "euler", split=2),
     ),
     "fastwan-3step": Preset(
         solver="lcm", steps=(3,), shift=None, named=r"fastwan", make=_nearest((1000, 757, 522), 8.0)
     ),
     "self-forcing-4step": Preset(
-        solver="lcm", steps=(4,), shift=5.0, shift_of_two=12.0, named=r"self.?forcing", make=_listed(_FOUR, "lcm")
+        solver="lcm", steps=(4,), shift=5.0, shift_of_two=12.0, named=r"self.?forcing",
+        make=_listed(_FOUR, "lcm", time_first=True),
     ),
     "rcm-4step": Preset(
-        solver="lcm", steps=(4, 3, 2, 1), shift=None, named=r"(?<![a-z])rcm(?![a-z])|turbowan|turbodiffusion",
-        make=_angles("lcm"), sigma_max=True,
+        solver="lcm", steps=(4, 3, 2, 1), shift=None, make=_angles("lcm"), sigma_max=True,
+        named=r"(?<![a-z])rcm(?![a-z]).*wan|wan.*(?<![a-z])rcm(?![a-z])|turbowan|turbodiffusion",
     ),
     "rcm-ode-4step": Preset(
         solver="euler", steps=(4, 3, 2, 1), shift=None, named=r"(?!)", make=_angles("euler"), sigma_max=True
@@ -125,6 +134,8 @@ def parse_preset(text: str) -> tuple[str, float | None]:
     Raises:
         WanFastError: there is no such preset, or it takes no such number.
     """
+    if not isinstance(text, str):
+        raise WanFastError(f"preset must be one of {', '.join(PRESETS)} or off, got {text!r}")
     name, colon, number = text.strip().partition(":")
     known = PRESETS.get(name)
     if known is None and (name != OFF or colon):

@@ -57,7 +57,7 @@ class Lora:
         if not re.match("(?:high|low)=", text) or exists(text):
             return (_one(text, None),)
         # a comma may also be part of a path
-        named = [part.split("=", 1) for part in re.split(",(?=(?:high|low)=)", text)]
+        named = [part.split("=", 1) for part in re.split(r"\s*,\s*(?=(?:high|low)=)", text)]
         if len({name for name, _ in named}) < len(named):
             raise WanFastError(f"--lora {text!r} gives an expert twice; repeat --lora to add several LoRAs to one")
         for name, path in named:

@@ -119,6 +119,8 @@ def open_loras(loras: Sequence[Lora], experts: Mapping[str, Shapes]) -> dict[str
                 told.append(f"{path.name} is named for the {_words(named)} expert, and this model has only one")
             elif len(assigned) == 2 and len(contents.parts) == 1:
                 told.append(f"{path.name} goes to both experts; choose with --lora high=PATH or --lora low=PATH")
+            elif not one_expert and named and not lora.expert and not re.search("noise", path.name + lora.path, re.IGNORECASE):
+                told.append(f"{path.name} goes to the {_words(named)} expert by its name alone; else say --lora high= or low=")
             for expert, part in assigned.items():
                 opened[expert].append(_matched(contents, part, lora, experts[expert], told))
     return {expert: tuple(files) for expert, files in opened.items()}
@@ -146,8 +148,8 @@ def _files_of(lora: Lora, *, one_expert: bool) -> list[tuple[Path, str | None]]:
     if not path.is_dir():
         return [(path, _named(path.stem))]
     found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    pair = [file for file in found if file.name in ("high_noise_model.safetensors", "low_noise_model.safetensors")]
-    if len(pair) == 2:
+    pair = [file for file in found if file.name in ("high_noise_model.safetensors", "low_noise_model.safetensors")] or found
+    if len(pair) == 2 and {_named(file.stem) for file in pair} == {*EXPERTS.values()}:
         if one_expert:
             raise WanFastError(f"{flag} holds a file per expert, but this model has only one; give one of the files")
         return [(file, _named(file.stem)) for file in pair if lora.expert in (None, _named(file.stem))]
@@ -201,6 +203,8 @@ def _assigned(contents: _Contents, asked: str | None, named: str | None, *, one_
         return {asked: both[asked]} if asked else both
     part = next(iter(parts))
     held = "low_noise" if part == _LOW_PART else None
+    if asked and not re.search("noise", contents.path.stem, re.IGNORECASE):
+        named = None  # a word may mean another thing, in low-rank say
     chosen = asked or named or held
     for what, claim in (("its name says", named), (f"its keys ({part}.*) say", held)):
         if claim not in (None, chosen):
@@ -391,7 +395,7 @@ def _scaling(contents: _Contents, part: str) -> _Scaling:
         # in a folder of many LoRAs it belongs to PEFT's own
         others = [file for file in contents.path.parent.iterdir() if file.suffix in SUFFIXES and file != contents.path]
         if contents.is_peft or not others or contents.path.stem == "adapter_model":
-            source, text = str(beside), beside.read_text()
+            source, text = str(beside), beside.read_text(encoding="utf-8", errors="replace")
     if text is None:
         return _Scaling()
     try:

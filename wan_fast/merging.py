@@ -71,6 +71,8 @@ class Merger:
         merged = weight.to(device or weight.device, torch.float32, copy=True, memory_format=torch.contiguous_format)
         for strength, update in self._updates[name]:
             self._apply(merged, strength, update)
+        if not merged.isfinite().all():
+            raise WanFastError(f"the LoRAs make {name} overflow; take smaller strengths, or other files")
         return merged
 
     def _apply(self, weight: Tensor, strength: float, update: Update) -> None:

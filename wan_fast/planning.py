@@ -152,6 +152,9 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
     models = Models.of(spec, opened)
     steps, step_cache, said = schedule(config, todo, opened, next(iter(models.experts.values())), setup.preset)
     warnings += said
+    targets = {target for files in setup.loras.values() for file in files if file.lora.strength for target in file.updates}
+    if step_cache.startswith("teacache") and any(target.startswith("time_") for target in targets):
+        warnings.append("--step-cache teacache goes by the checkpoint's time embedding, which a LoRA changes; take magcache")
     memory = memory_plan(config, models, setup, latent_shape, todo, steps)
     flops = _flops(models, steps, latent_shape, tokens, todo)
     if memory.decode_tiles > 1:
@@ -192,11 +195,7 @@ def named_preset(request: Request, setup: Setup) -> tuple[Request, str, list[str
     """The request with the sampler preset that a LoRA or the checkpoint is named after, unless it says something else itself;
     in words what was taken, and warnings."""
     opened, spec = setup.checkpoint, setup.config.spec
-    found: dict[str, str] = {}
-    for files in setup.loras.values():
-        for file in files:
-            if name := few_steps.named(f"{file.path.parent.name}/{file.path.name}"):
-                found[f"LoRA {file.path.name} is named"] = name
+    found, one_sided = _named_by_loras(setup)
     if opened and (said := opened.defaults.get("preset")):
         found["the checkpoint says"] = said
     elif opened and (name := few_steps.named(_name_of(opened))):
@@ -217,7 +216,24 @@ def named_preset(request: Request, setup: Setup) -> tuple[Request, str, list[str
         if name != few_steps.OFF:
             return replace(request, preset=name), f"{name}, as {why}", []
         break
-    return request, "", []
+    return request, "", one_sided
+
+
+def _named_by_loras(setup: Setup) -> tuple[dict[str, str], list[str]]:
+    """Presets that LoRAs are named after, by why, if every expert has one; else what there is to say of that."""
+    by_expert: dict[str, dict[str, str]] = {}
+    for expert, files in setup.loras.items():
+        for file in files:
+            # a file of a general name is called as its folder is
+            general = file.path.stem in ("high_noise_model", "low_noise_model", "adapter_model", "pytorch_lora_weights")
+            name = few_steps.named(file.path.resolve().parent.name if general else file.path.name)
+            if name and file.lora.strength:
+                by_expert.setdefault(expert, {})[f"LoRA {file.path.name} is named"] = name
+    if by_expert and len(by_expert) < len(setup.loras):
+        (expert, named), *_ = by_expert.items()
+        why, name = next(iter(named.items()))
+        return {}, [f"the preset {name} is not taken, though {why} so: it is in {expert} alone; give the other expert's too"]
+    return {why: name for named in by_expert.values() for why, name in named.items()}, []
 
 
 def _name_of(opened: Checkpoint) -> str:
