@@ -466,7 +466,9 @@ def of_preset(spec: TaskSpec, request: Request, asked: str) -> dict[str, Any]:
         return {}
     preset, said = PRESETS[name], f"--preset {asked}"
     if request.solver not in (None, preset.solver):
-        raise WanFastError(f"{said} is a sampler of its own, of solver {preset.solver}: got --sample_solver {request.solver}")
+        raise WanFastError(
+            f"{said} is a sampler of its own, of solver {preset.solver}: got --sample_solver {request.solver}; leave it out"
+        )
     if request.num_steps not in (None, *preset.steps):
         able = " or ".join(map(str, sorted(preset.steps)))
         raise WanFastError(f"{said} has {able} steps: got --sample_steps {request.num_steps}; leave it out")
