@@ -28,6 +28,7 @@ from bench import RESULTS, presets
 from bench.networks import BF16, FP32, make_dit, random_model
 from bench.registry import OURS, Case, NotHere, Work
 from bench.results import describe_run, open_results, slug
+from bench.timer import now
 from wan_fast import manifest
 from wan_fast.branches import Branches
 from wan_fast.checkpoint import locate, open_checkpoint
@@ -159,9 +160,9 @@ class Timed:
         return self
 
     def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        start = _now(self.device)
+        start = now(self.device)
         captured = self.capture(work)
-        self.seconds.append(_now(self.device) - start)
+        self.seconds.append(now(self.device) - start)
         return captured
 
 
@@ -188,17 +189,17 @@ def examine(arm: Arm, device: torch.device) -> dict[str, float]:
     clip, issued = arm.clip, []
     units = clip.units(arm.run())
     for index in range(clip.count):
-        start = _now(device)
+        start = now(device)
         next(units)
         issued += [time.perf_counter() - start] if index >= clip.first else []
     for _ in units:
         pass
     steady = clip.count - clip.first
     units = _begun(arm)
-    start = _now(device)
+    start = now(device)
     for _ in units:
         pass
-    whole = (_now(device) - start) / steady
+    whole = (now(device) - start) / steady
     launched, kernels, spent = profiled(_begun(arm), device)
     return {
         "launches": launched / steady,
@@ -212,11 +213,11 @@ def examine(arm: Arm, device: torch.device) -> dict[str, float]:
 def profiled(units: Iterator[None], device: torch.device) -> tuple[int, int, float]:
     """Of the units: calls that launch, kernels with copies, and seconds of these; on a CPU, operators for both."""
     on_gpu = device.type == "cuda"
-    _now(device)
+    now(device)
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         for _ in units:
             pass
-        _now(device)
+        now(device)
     return accounts(list(profiler.events() or []), on_gpu)
 
 
@@ -242,7 +243,7 @@ class Memory:
         self.device, self.before = device, (0, 0)
         gc.collect()
         if device.type == "cuda":
-            _now(device)
+            now(device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
@@ -262,7 +263,7 @@ def compared(make: Callable[[], Clip], device: torch.device, flops: float, rate:
     def timed(arm: Arm) -> Callable[[], Tensor]:
         def call() -> Tensor:
             # else the launches of one arm hide behind the work of the other
-            _now(device)
+            now(device)
             return arm.clip.whole(arm.run())
 
         return call
@@ -303,13 +304,6 @@ def check(found: Tensor, expected: Tensor, what: str) -> None:
     if not torch.equal(found, expected):
         count = int((found != expected).sum())
         raise AssertionError(f"graphs give other {what} than launches: {count} of {expected.numel()} values differ")
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 # --- the cases ----------------------------------------------------------------------------------------------------------

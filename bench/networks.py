@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.official import Habits, official_step
 from bench.operations import latent_shape
 from bench.registry import OURS, Case, NotHere, Work
-from bench.timer import graph
+from bench.timer import graph, now
 from wan_fast import manifest
 from wan_fast.attention import Attention, choose, first_that_runs, sdpa
 from wan_fast.checkpoint import locate, open_checkpoint
@@ -181,10 +180,10 @@ def shares(dims: DiTDims, shape: tuple[int, ...], dtype: torch.dtype, device: to
     on_gpu = device.type == "cuda"
     with torch.inference_mode():
         forward()
-        _now(device)
+        now(device)
         with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
             forward()
-            _now(device)
+            now(device)
     spent: dict[str, float] = {}
     for _, kind, microseconds in busy(profiler.events() or [], on_gpu):
         spent[kind] = spent.get(kind, 0.0) + microseconds
@@ -329,7 +328,7 @@ def end_to_end(size: tuple[int, int], num_frames: int, num_steps: int, device: t
         )
 
         def call() -> Tensor:
-            start = _now(device)
+            start = now(device)
             with (
                 tf32_convolutions(False),
                 _timed(pipe, "encode_prompt", device) as prepare,
@@ -345,7 +344,7 @@ def end_to_end(size: tuple[int, int], num_frames: int, num_steps: int, device: t
                     latents=noise[None].clone(),
                     output_type="np",
                 ).frames[0]
-            rest = _now(device) - start - prepare[0] - decode[0]
+            rest = now(device) - start - prepare[0] - decode[0]
             stages["diffusers"] = {"prepare": prepare[0], "denoise": rest, "decode": decode[0]}
             return torch.from_numpy(frames * 255)
 
@@ -361,24 +360,17 @@ def end_to_end(size: tuple[int, int], num_frames: int, num_steps: int, device: t
     )
 
 
-def _now(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 @contextmanager
 def _timed(owner: Any, name: str, device: torch.device) -> Iterator[list[float]]:
     """The seconds that a method takes while the block runs, in a list of one."""
     original, seconds = getattr(owner, name), [0.0]
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        start = _now(device)
+        start = now(device)
         try:
             return original(*args, **kwargs)
         finally:
-            seconds[0] += _now(device) - start
+            seconds[0] += now(device) - start
 
     setattr(owner, name, wrapped)
     try:

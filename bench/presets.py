@@ -5,7 +5,6 @@ Weights do not matter to which passes are computed: the plan is that of the rele
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
@@ -17,6 +16,7 @@ from torch import Tensor
 from bench.gemm import in_8_bits
 from bench.networks import BF16, FP32, make_dit, random_model
 from bench.registry import OURS, Case, Work
+from bench.timer import now
 from wan_fast import manifest
 from wan_fast.attention import choose, first_that_runs
 from wan_fast.branches import Branches
@@ -169,11 +169,11 @@ class Distilled:
     def made(self, embedding: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Frames [F, H, W, 3] uint8 on the host, and seconds by stage."""
         todo, device = self.todo, self.noise.device
-        marks = [_now(device)]
+        marks = [now(device)]
         solver, branches, run = self._started(embedding.to(device))
-        marks.append(_now(device))
+        marks.append(now(device))
         denoise(todo.steps, branches, solver, run=run)
-        marks.append(_now(device))
+        marks.append(now(device))
         (width, height), memory = todo.request.size, todo.memory
         stream: Iterator[Tensor] = self.vae.decode_stream(
             solver.latents,
@@ -187,7 +187,7 @@ class Distilled:
         for pixels in stream if device.type == "meta" else on_the_host(stream):
             frames[done : done + pixels.shape[0]] = pixels
             done += pixels.shape[0]
-        marks.append(_now(device))
+        marks.append(now(device))
         spent = [end - start for start, end in pairwise(marks)]
         return frames, dict(zip(("prepare", "denoise", "decode"), spent, strict=True))
 
@@ -227,13 +227,6 @@ def _shares(todo: Plan) -> dict[str, float]:
     whole = todo.flops["denoise"] + todo.flops["decode"]
     narrow = {kind: count / whole for kind, count in todo.flops_8bit.items()}
     return narrow | {"bf16" if todo.dtype == "bf16" else "fp32": 1 - sum(narrow.values())}
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def few_steps_lines(row: Mapping[str, Any]) -> list[str]:

@@ -84,6 +84,13 @@ def once(call: Call, device: torch.device) -> Timing:
     return Timing((seconds,), meter.peak)
 
 
+def now(device: torch.device) -> float:
+    """Seconds, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def graph(call: Call) -> Call:
     """The call captured as a CUDA graph: everything it launches is then one launch.
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from bench.networks import random_model
+from bench.timer import now
 from wan_fast import manifest
 from wan_fast.config import WanFastError, parse_size
 from wan_fast.counting import flops_so_far
@@ -55,10 +56,10 @@ def measure(dims: VaeDims, shape: Sequence[int], dtype: torch.dtype, device: tor
     chunk, piece = DECODES["cpu" if device.type == "cpu" else "cuda"][0]
 
     def decode() -> tuple[float, float]:
-        start, first = _now(device), 0.0
+        start, first = now(device), 0.0
         for _ in vae.decode_stream(latents, chunk=chunk, piece=piece):
-            first = first or _now(device) - start
-        return first, _now(device) - start
+            first = first or now(device) - start
+        return first, now(device) - start
 
     with torch.inference_mode(), tf32_convolutions(True):
         list(vae.decode_stream(latents[:, :3], chunk=chunk, piece=piece))
@@ -148,12 +149,6 @@ class _Counter:
 
     def total(self) -> float:
         return self.found
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _reset_peak(device: torch.device) -> int:

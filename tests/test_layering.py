@@ -23,7 +23,7 @@ LEVELS: list[set[str]] = [
     {"attention", "parallel", "checkpoint", "merging", "quantize", "roofs", "video"},
     {"dit", "adapters", "vae", "encoders", "backends", "graphs"},
     {"branches", "conditioning", "distances", "embeddings", "loading", "recording", "setup", "solver"},
-    {"memory", "sampler", "schedule"},
+    {"memory", "presets", "sampler", "schedule"},
     {"planning", "running"},
     {"engine"},
     {"__init__"},

@@ -89,7 +89,6 @@ class LoraFile:
     path: Path
     updates: Mapping[str, tuple[Update, ...]]
     absent: int
-    texts: Mapping[str, str]
     warnings: tuple[str, ...]
 
     def described(self) -> str:
@@ -258,7 +257,7 @@ def _matched(contents: _Contents, part: str, lora: Lora, shapes: Shapes, told: S
         raise WanFastError(f"{where} replaces weights (set_weight), which has no strength {lora.strength:g}; take 1")
     if contents.is_peft and any(u.rank and u.scale is None and "alpha" not in u.tensors for u in every):
         told = [*told, f"{contents.path.name} has no adapter_config.json beside it; its alpha is taken to be its rank"]
-    return LoraFile(lora, contents.path, updates, absent, contents.texts, tuple(told))
+    return LoraFile(lora, contents.path, updates, absent, tuple(told))
 
 
 def _leftover(where: str, left: Sequence[str], shapes: Shapes) -> WanFastError:
