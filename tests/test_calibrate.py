@@ -39,9 +39,9 @@ def recorded():
             residuals.update({(branch, step.index): self.residuals[branch].clone() for branch in BRANCHES})
             return exact
 
-    engine.branches = lambda *args, **settings: Watching(record, *args, **settings)
+    engine.workspace.branches = lambda *args, **settings: Watching(record, *args, **settings)
     full = engine.latents(engine.plan(SMALL))
-    engine.branches = Branches
+    engine.workspace.branches = Branches
     return engine, engine.plan(SMALL), record, residuals, full
 
 
@@ -73,9 +73,9 @@ def test_errors_are_those_of_the_guided_velocity(recorded):
             return c, u
 
     for name, mask in (("full", "#" * 10), ("reused", "##.#######")):
-        engine.branches = type(name, (Watching,), {"name": name})
+        engine.workspace.branches = type(name, (Watching,), {"name": name})
         engine.latents(module._masked(todo, mask))
-    engine.branches = Branches
+    engine.workspace.branches = Branches
     wanted = (seen["reused", 2] - seen["full", 2]).square().mean().sqrt().item()
     assert record.errors[1, 2] == pytest.approx(wanted, rel=1e-4) and wanted > 0
     assert (0, 1) in record.errors and (2, 9) not in record.errors and (3, 9) in record.errors

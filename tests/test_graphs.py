@@ -136,7 +136,7 @@ def engine(graphs, *, decode=True, task="ti2v-5B", checkpoint=None, **options):
         tapes.append(Tape())
         return tapes[-1]
 
-    made.plan, made.capture = as_on_a_gpu, capture
+    made.plan, made.workspace.capture = as_on_a_gpu, capture
     return made, tapes
 
 
@@ -307,11 +307,11 @@ def test_another_shape_begins_anew_and_gives_the_memory_back_first(change):
         alive.append(any(solver() is not None for solver in old))
         return Branches(*args, **settings)
 
-    made.branches = branches
+    made.workspace.branches = branches
     for i, request in enumerate((SHORT, asked(**change), SHORT)):
         assert_same(clip(made, request)[0], wanted(request))
         assert len(tapes) == i + 1 and tapes[i].captures == 1
-        old.append(weakref.ref(made._kept[1]))
+        old.append(weakref.ref(made.workspace.kept.solver))
     assert alive == [False] * 3
 
 
@@ -334,10 +334,10 @@ def test_released_graphs_leave_nothing():
         made_for.append(weakref.ref(new))
         return new
 
-    made.branches = branches
+    made.workspace.branches = branches
     for request in (asked(num_frames=17), asked(num_frames=17, seed=3)):
         assert_same(clip(made, request)[0], wanted(request))
-        assert made._kept is None and made_for[-1]() is None
+        assert made.workspace.kept is None and made_for[-1]() is None
     assert [tape.captures for tape in tapes] == [1] * 4 and len(made_for) == 2
 
 
@@ -379,12 +379,12 @@ def test_other_loras_begin_anew(tmp_path):
     plain = clip(made, SHORT)[0]
     file = lora(made, tmp_path / "lora.safetensors")
     made.set_loras([file])
-    assert made._kept is None
+    assert made.workspace.kept is None
     other = wanted(SHORT, lora=(file,))
     assert not torch.equal(other["latents"], plain["latents"])
     assert_same(clip(made, SHORT)[0], other)
     made.set_loras([])
-    assert made._kept is None
+    assert made.workspace.kept is None
     assert_same(clip(made, SHORT)[0], plain)
     assert [tape.captures for tape in tapes] == [1, 1, 1]
 
@@ -404,7 +404,7 @@ def test_a_step_that_was_broken_off_has_warmed_up_nothing(monkeypatch):
 
 def test_an_engine_without_a_choice_does_without_graphs(caplog):
     made, _ = engine("kept")
-    made.capture = lambda device, roomy: no_capture([])
+    made.workspace.capture = lambda device, roomy: no_capture([])
     request = asked(num_frames=17)
     found, stats = clip(made, request)
     assert_same(found, wanted(request))
@@ -415,7 +415,7 @@ def test_an_engine_without_a_choice_does_without_graphs(caplog):
 
 def test_an_engine_that_was_asked_for_graphs_raises():
     made, _ = engine("kept")
-    made.capture, made.config = lambda device, roomy: no_capture([]), replace(made.config, cuda_graphs=True)
+    made.workspace.capture, made.config = lambda device, roomy: no_capture([]), replace(made.config, cuda_graphs=True)
     request = asked(num_frames=17)
     with pytest.raises(WanFastError, match="cannot be captured"):
         made.generate(request)
@@ -614,7 +614,7 @@ def test_on_a_gpu(dtype, name, graphs, monkeypatch):
             found, stats = clip(made, each)
         assert_same(found, expected)
         assert stats["graphs"]["steps"] >= 1 and stats["graphs"]["decode"] == 1
-        assert (made._kept is None) == (graphs == "released")
+        assert (made.workspace.kept is None) == (graphs == "released")
 
 
 @needs_gpu

@@ -25,6 +25,7 @@ LEVELS: list[set[str]] = [
     {"branches", "conditioning", "distances", "embeddings", "loading", "recording", "setup", "solver"},
     {"memory", "presets", "sampler", "schedule"},
     {"planning", "running"},
+    {"workspace"},
     {"engine"},
     {"__init__"},
     {"calibrate", "counting", "doctor", "export", "server"},

@@ -160,9 +160,9 @@ def calibrate(
     engine.config = replace(engine.config, step_cache=None)
     todo = engine.plan(requests[0])
     record = Record(recording.search)
-    engine.branches = partial(Recorder, record)
+    engine.workspace.branches = partial(Recorder, record)
     full = [engine.latents(engine.plan(each), on_progress=on_progress) for each in requests]
-    engine.branches = Branches
+    engine.workspace.branches = Branches
     signals = {signal: time_distances(signal, opened.experts, todo.steps) for signal in SIGNALS.values()}
     found = fitted(record, todo, signals, len(texts))
     trials = Trials(engine, requests if recording.search else requests[:1], full, on_progress)

@@ -19,25 +19,23 @@ from wan_fast import checkpoint as checkpoints
 from wan_fast import manifest, video
 from wan_fast.attention import Attention, Projected, choose, first_that_runs, sdpa
 from wan_fast.backends import IN_8_BITS
-from wan_fast.branches import Branches, kept
 from wan_fast.conditioning import PREPARE, Conditioning, texts_of
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request, WanFastError
 from wan_fast.dit import WanDiT
 from wan_fast.embeddings import Embeddings
 from wan_fast.encoders import TextEncoder, Tokenizer
-from wan_fast.graphs import Capture, CudaCapture, Graphs
 from wan_fast.kernels import only_reference
 from wan_fast.loading import load_model, reload
 from wan_fast.memory import GIB
 from wan_fast.merging import Merger
 from wan_fast.planning import Plan, plan
 from wan_fast.running import memory_guard, on_the_host, peak_bytes, tf32_convolutions
-from wan_fast.sampler import Run, denoise, directly
+from wan_fast.sampler import denoise, directly
 from wan_fast.schedule import sampler_of
 from wan_fast.setup import Setup, set_up, with_loras
-from wan_fast.solver import Solver
 from wan_fast.steps import Step
 from wan_fast.vae import WanVAE, lay_out
+from wan_fast.workspace import Workspace
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # (stage, done, total): "load" counts bytes, "denoise" steps, "decode" frames, the others pieces
@@ -68,7 +66,7 @@ class Video:
 
 
 class Engine:
-    """Holds the models of one task and makes videos with them. `branches` makes the velocities of a run.
+    """Holds the models of one task and makes videos with them.
 
     Args:
         config: what to build.
@@ -80,13 +78,8 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, *, request: Request | None = None, on_progress: Progress | None = None) -> None:
-        self.branches: Callable[..., Branches] = Branches
-        self.capture: Callable[[torch.device, bool], Capture] = self._capturing
-        self._cuda: CudaCapture | None = None
-        self._kept: tuple[Any, Solver, Branches, Run] | None = None
         self._text: dict[str, Any] = {}
-        self._captured: dict[str, int | str] = {}
-        self._uncapturable = self._half_done = False
+        self._half_done = False
         path = checkpoints.locate(config.checkpoint, config.spec)
         config = replace(config, checkpoint=str(path))
         self._setup = set_up(config)
@@ -99,6 +92,7 @@ class Engine:
         self.spec = config.spec
         self.device = torch.device(self._setup.device.name)
         self.dtype = DTYPES[self._setup.dtype]
+        self.workspace = Workspace(self.device, self._expert)
         self._settle_attention()
         mergers = {name: Merger(files) for name, files in self._setup.loras.items()}
         # tensors that are not the checkpoint's own, by expert
@@ -129,7 +123,7 @@ class Engine:
             merger.check()
         opened = setup.checkpoint
         assert opened is not None
-        self._kept, self._half_done = None, True
+        self.workspace.kept, self._half_done = None, True
         with torch.inference_mode(), tf32_convolutions(False), memory_guard(self._setup, "a block's weights once more"):
             for name, part in opened.experts.items():
                 targets = mergers[name].targets if name in mergers else frozenset()
@@ -167,7 +161,8 @@ class Engine:
         """
         todo = self.plan(request)
         progress = on_progress or _silent
-        self._seconds, self._captured = {"load": self._seconds["load"]}, {}
+        self._seconds = {"load": self._seconds["load"]}
+        self.workspace.captured = {}
         self._reset_peak()
         # made outside inference mode, so that the caller may change it
         width, height = todo.request.size
@@ -198,8 +193,7 @@ class Engine:
             yield
 
     def _latents(self, todo: Plan, on_step: Callable[[Step], None] | None, progress: Progress) -> Tensor:
-        if self._kept is not None and (todo.memory.graphs != "kept" or self._kept[0][0] != todo.latent_shape):
-            self._kept = None  # the plan does not count its memory
+        self.workspace.make_room(todo)
         with self._stage("prepare"):
             progress("prepare", 0, 1)
             conditioning = PREPARE[self.spec.kind](todo.request, self)
@@ -235,7 +229,8 @@ class Engine:
     def _denoise(
         self, todo: Plan, conditioning: Conditioning, on_step: Callable[[Step], None] | None, progress: Progress
     ) -> Tensor:
-        solver, branches, run = self._started(todo, conditioning)
+        workspace = self.workspace
+        clip = workspace.begin(todo, conditioning, *self._noise(todo))
 
         def report(step: Step) -> None:
             progress("denoise", step.index + 1, step.total)
@@ -244,57 +239,14 @@ class Engine:
 
         progress("denoise", 0, len(todo.steps))
         try:
-            denoise(todo.steps, branches, solver, run=run, on_step=report)
-            latents = solver.latents if self._kept is None else solver.latents.clone()
+            denoise(todo.steps, clip.branches, clip.solver, run=clip.run, on_step=report)
+            return clip.solver.latents if workspace.kept is None else clip.solver.latents.clone()
         except BaseException:
-            self._kept = None  # its memory holds half a clip
+            workspace.kept = None  # its memory holds half a clip
             raise
         finally:
             self._expert(None)
-            self._note(run, "steps")
-            if todo.memory.graphs != "kept":
-                self._kept = None
-        return latents
-
-    def _started(self, todo: Plan, conditioning: Conditioning) -> tuple[Solver, Branches, Run]:
-        """What a clip is denoised with. Where graphs are kept, and they fit, it is that of the clip before, begun anew."""
-        steps, known, zero_star = todo.steps, conditioning.known, todo.config.cfg_zero is not None
-        fresh = any(step.noise is not None for step in steps)
-        shape = None if known is None else known.shape
-        fits = (todo.latent_shape, shape, conditioning.split, str(kept(steps)), fresh, zero_star, self.branches)
-        noise, draw = self._noise(todo)
-        if self._kept is not None and self._kept[0] == fits:
-            _, solver, branches, run = self._kept
-            solver.start(steps, noise, known, draw)
-            branches.start(steps, conditioning.text)
-            return solver, branches, run
-        self._kept = None  # and with it its memory, before there is more
-        solver = Solver(steps, noise, known, draw)
-        branches = self.branches(
-            steps, self._expert, conditioning.text, conditioning.split, self.device, zero_star=zero_star
-        )  # fmt: skip
-        run = self._run(todo)
-        if run is not directly:
-            self._kept = fits, solver, branches, run
-        return solver, branches, run
-
-    def _run(self, todo: Plan) -> Run:
-        """What does a step, or decodes a chunk: itself, or as a graph."""
-        if todo.memory.graphs == "off" or self._uncapturable:
-            return directly
-        roomy = todo.memory.graphs == "kept"
-        return Graphs(self.capture(self.device, roomy), optional=self.config.cuda_graphs is None, roomy=roomy)
-
-    def _capturing(self, device: torch.device, roomy: bool) -> Capture:
-        """What captures on a GPU: one for all graphs of the engine."""
-        self._cuda = self._cuda or CudaCapture(device)
-        return partial(self._cuda, roomy=roomy)
-
-    def _note(self, run: Run, what: str) -> None:
-        """Put into the accounts what was captured; what cannot be is not tried again."""
-        if isinstance(run, Graphs):
-            self._captured[what] = run.refused or len(run.captured)
-            self._uncapturable = self._uncapturable or bool(run.refused)
+            workspace.note(clip.run, "steps")
 
     def _decode(
         self,
@@ -306,7 +258,7 @@ class Engine:
     ) -> None:
         """Give on_pixels the frames [f, H, W, 3] uint8, chunk by chunk."""
         done, memory = 0, todo.memory
-        run = self._run(todo) if memory.decode_graphs else directly
+        run = self.workspace.run(todo) if memory.decode_graphs else directly
         progress("decode", 0, todo.request.num_frames)
         with self._at_work("vae") as vae:
             stream = vae.decode_stream(
@@ -322,7 +274,7 @@ class Engine:
                 on_pixels(pixels)
                 done += pixels.shape[0]
                 progress("decode", done, todo.request.num_frames)
-        self._note(run, "decode")
+        self.workspace.note(run, "decode")
 
     def _noise(self, todo: Plan) -> tuple[Tensor, Callable[[], Tensor]]:
         """The noise to start from [C, T, H, W], and what draws more of it."""
@@ -496,7 +448,7 @@ class Engine:
         return {
             "seconds": dict(self._seconds),
             "text": dict(self._text),
-            "graphs": dict(self._captured),
+            "graphs": dict(self.workspace.captured),
             "peak_bytes": peak_bytes(self.device),
             "plan": todo.to_dict(),
         }
