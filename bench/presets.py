@@ -20,25 +20,23 @@ from bench.timer import now
 from wan_fast import manifest
 from wan_fast.attention import choose, first_that_runs
 from wan_fast.branches import Branches
+from wan_fast.conditioning import Conditioning
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request
-from wan_fast.graphs import Capture, CudaCapture, Graphs
+from wan_fast.graphs import Capture
 from wan_fast.manifest import DiTDims
 from wan_fast.planning import Plan, plan
 from wan_fast.running import on_the_host, tf32_convolutions
-from wan_fast.sampler import Run, denoise, directly
+from wan_fast.sampler import denoise
 from wan_fast.schedule import sampler_of
 from wan_fast.schemes import Form, default_keep
 from wan_fast.setup import Models
 from wan_fast.solver import Solver
 from wan_fast.vae import WanVAE
+from wan_fast.workspace import Workspace
 
 # seconds wanted of three steps of TI2V-5B at 1280x704x121 on one H200, the prompt's embedding at hand
 FEW_STEPS_GOAL = ("few-steps/ti2v-5B/1280x704x121-3-steps/bf16", 6.0)
 IN_BF16 = f"{OURS}, bf16"
-
-
-def ROOMY(device: torch.device) -> Capture:
-    return partial(CudaCapture(device), roomy=True)
 
 
 def planned(quality: str, task: str, checkpoint: str | None, video: tuple[int, int, int], device: torch.device) -> Plan:
@@ -135,8 +133,8 @@ def few_steps(task: str, checkpoint: str | None, video: tuple[int, int, int], pr
         def call() -> Tensor:
             with tf32_convolutions(in_bf16):
                 frames, stages[name] = clip.made(embedding)
-            if clip.kept is not None and isinstance(clip.kept[2], Graphs):
-                findings[name] = {"captured": float(len(clip.kept[2].captured))}
+            if isinstance(count := clip.workspace.captured.get("steps"), int):
+                findings[name] = {"captured": float(count)}
             return frames
 
         return call
@@ -161,26 +159,36 @@ class Distilled:
         model: Any,
         vae: WanVAE,
         noise: Tensor,
-        capture: Callable[[torch.device], Capture] = ROOMY,
+        capture: Callable[[torch.device, bool], Capture] | None = None,
     ) -> None:
-        self.todo, self.model, self.vae, self.noise, self.capture = todo, model, vae, noise, capture
-        self.kept: tuple[Solver, Branches, Run] | None = None
+        self.todo, self.vae, self.noise = todo, vae, noise
+        self.workspace = Workspace(noise.device, lambda name: model)
+        if capture is not None:
+            self.workspace.capture = capture
 
     def made(self, embedding: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Frames [F, H, W, 3] uint8 on the host, and seconds by stage."""
         todo, device = self.todo, self.noise.device
         marks = [now(device)]
-        solver, branches, run = self._started(embedding.to(device))
+        C, T, H, W = self.noise.shape
+        assert sampler_of(todo.request).time_first
+        clip = self.workspace.begin(
+            todo,
+            Conditioning(text={"conditional": embedding.to(device)}),
+            self.noise,
+            lambda: torch.randn(T, C, H, W, device=device).transpose(0, 1),
+        )
         marks.append(now(device))
-        denoise(todo.steps, branches, solver, run=run)
+        denoise(todo.steps, clip.branches, clip.solver, run=clip.run)
         marks.append(now(device))
+        self.workspace.note(clip.run, "steps")
         (width, height), memory = todo.request.size, todo.memory
         stream: Iterator[Tensor] = self.vae.decode_stream(
-            solver.latents,
+            clip.solver.latents,
             chunk=memory.decode_chunk,
             piece=memory.decode_piece,
             tiles=memory.decode_tiles,
-            run=self._run() if memory.decode_graphs else None,
+            run=self.workspace.run(todo) if memory.decode_graphs else None,
         )
         frames = torch.empty(todo.request.num_frames, height, width, 3, dtype=torch.uint8, device=embedding.device)
         done = 0
@@ -190,23 +198,6 @@ class Distilled:
         marks.append(now(device))
         spent = [end - start for start, end in pairwise(marks)]
         return frames, dict(zip(("prepare", "denoise", "decode"), spent, strict=True))
-
-    def _started(self, text: Tensor) -> tuple[Solver, Branches, Run]:
-        steps, noise = self.todo.steps, self.noise
-        C, T, H, W = noise.shape
-        draw = lambda: torch.randn(T, C, H, W, device=noise.device).transpose(0, 1)  # noqa: E731
-        assert sampler_of(self.todo.request).time_first
-        if self.kept is None:
-            branches = Branches(steps, lambda name: self.model, {"conditional": text}, 0, noise.device)
-            self.kept = Solver(steps, noise, None, draw), branches, self._run()
-        else:
-            solver, branches, _ = self.kept
-            solver.start(steps, noise, None, draw)
-            branches.start(steps, {"conditional": text})
-        return self.kept
-
-    def _run(self) -> Run:
-        return directly if self.todo.memory.graphs == "off" else Graphs(self.capture(self.noise.device), optional=True)
 
 
 def _of_few_steps(

@@ -211,7 +211,7 @@ def test_a_few_steps_with_graphs_are_the_same():
         vae = networks.random_model(lambda: WanVAE(models.vae), manifest.vae_shapes(models.vae), CPU)
         given = parts["model"], vae, torch.randn(todo.latent_shape)
         as_it_is = presets.Distilled(todo, *given)
-        graphed = presets.Distilled(replace(todo, memory=memory), *given, capture=lambda device: capture)
+        graphed = presets.Distilled(replace(todo, memory=memory), *given, capture=lambda device, roomy: capture)
         for embedding in torch.randn(2, 64, models.experts["model"].text_dim):
             frames = []
             for clip in (as_it_is, graphed):
