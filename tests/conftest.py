@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from background import Background
@@ -37,3 +39,21 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def background(pytestconfig: pytest.Config) -> Background:
     return pytestconfig.stash[_KEY]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Pretend to have a GPU of so many GiB; a plan must need no more of it than its description."""
+    from wan_fast import setup
+    from wan_fast.device import Device
+    from wan_fast.memory import GIB
+
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("wan_fast.kernels.backend", lambda *args: "triton")
+    monkeypatch.setattr("wan_fast.kernels.why_no_extension", lambda device: "not built")
+
+    def pretend(gib: int, model: str = "NVIDIA H100 80GB HBM3", capability: tuple[int, int] = (9, 0)) -> None:
+        device = Device(name="cuda:0", model=model, memory=gib * GIB, free=gib * GIB, capability=capability)
+        monkeypatch.setattr(setup, "describe", lambda name: device)
+
+    return pretend

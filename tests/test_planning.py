@@ -10,7 +10,7 @@ from models import write_native
 from PIL import Image
 from safetensors.torch import save_file
 
-from wan_fast import manifest, memory, planning, setup
+from wan_fast import manifest, memory, planning
 from wan_fast.attention import Attention8bit
 from wan_fast.backends import FUSED, FUSED_8BIT, IN_8_BITS, OF_ATTENTION
 from wan_fast.config import EngineConfig, Request, WanFastError
@@ -28,20 +28,6 @@ from wan_fast.vae import WanVAE, windows
 GIB = 2**30
 FIVE = EngineConfig(task="ti2v-5B", checkpoint="nobody/nothing-here")
 CAT = Request(prompt="a cat", seed=0)
-
-
-@pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """Pretend to have a GPU of so many GiB; the plan must need no more of it than its description."""
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("wan_fast.kernels.backend", lambda *args: "triton")
-    monkeypatch.setattr("wan_fast.kernels.why_no_extension", lambda device: "not built")
-
-    def pretend(gib, model="NVIDIA H100 80GB HBM3", capability=(9, 0)):
-        device = Device(name="cuda:0", model=model, memory=gib * GIB, free=gib * GIB, capability=capability)
-        monkeypatch.setattr(setup, "describe", lambda name: device)
-
-    return pretend
 
 
 def test_the_released_model_on_a_large_gpu(gpu):
