@@ -140,12 +140,12 @@ class Arm:
             return directly
         if self.graphs is None or not self.clip.keeps:
             self.graphs = None  # and with it its memory, before there is more
-            self.graphs = Graphs(self.capture.renewed())
+            self.graphs = Graphs(self.capture)
         return self.graphs
 
 
 class Timed:
-    """A capture whose seconds are kept, the device being idle before; a new one wherever the engine would have one.
+    """A capture whose seconds are kept, the device being idle before; one for all graphs, as the engine has it.
 
     Raises:
         NotHere: the device has no graphs.
@@ -154,10 +154,6 @@ class Timed:
     def __init__(self, device: torch.device) -> None:
         self.device, self.capture = device, capture_on(device)
         self.seconds: list[float] = []
-
-    def renewed(self) -> Timed:
-        self.capture = capture_on(self.device)
-        return self
 
     def __call__(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         start = now(self.device)
