@@ -302,7 +302,7 @@ def test_what_the_engine_draws(engine, name):
 def test_an_engine_carries_a_toy_velocity_as_the_formulas_do(engine, name, monkeypatch):
     todo = engine.plan(replace(SMALL, preset=name, seed=4))
     made = SimpleNamespace(load=lambda step: None, velocities=toy)
-    monkeypatch.setattr(engine, "branches", lambda *args, **kwargs: made)
+    monkeypatch.setattr(engine.workspace, "branches", lambda *args, **kwargs: made)
     latents = engine.latents(todo)
     case = ("t2v-1.3B", f"{name}:80" if name.startswith("rcm") else name, None, None)
     sigmas, timesteps, start = SAMPLERS.get(case) or SAMPLERS["ti2v-5B", name, None, None]
