@@ -41,8 +41,8 @@ from wan_fast.attention import (
     of_projection,
     sdpa,
 )
+from wan_fast.blocks import Grid
 from wan_fast.config import WanFastError
-from wan_fast.dit import Grid
 from wan_fast.kernels.quantize_rows import DTYPES
 from wan_fast.manifest import DiTDims
 from wan_fast.schemes import Form, default_keep

@@ -43,8 +43,8 @@ class Still:
         self.dims, self.velocity = dims, velocity[None]
         self.patch_embedding = SimpleNamespace(weight=velocity)
 
-    def prepare(self, text: Any, grid: Any) -> Any:
-        return SimpleNamespace(grid=grid, keys_values=())
+    def prepare(self, text: Any, grid: Any, inputs: Any = None, *, like: Any = None) -> Any:
+        return SimpleNamespace(grid=grid, channels=None, tensors=tuple)
 
     def __call__(self, *args: Any, **settings: Any) -> Tensor:
         return self.velocity

@@ -23,13 +23,13 @@ from wan_fast import manifest
 from wan_fast.attention import Attention, choose, first_that_runs, sdpa
 from wan_fast.checkpoint import locate, open_checkpoint
 from wan_fast.config import EngineConfig, Request
-from wan_fast.dit import WanDiT, grid_of
+from wan_fast.dit import Inputs, WanDiT, grid_of
 from wan_fast.kernels import only_reference
 from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
 from wan_fast.memory import DECODES
 from wan_fast.names import DIT_NAMES, VAE21_NAMES, VAE22_NAMES, Rules, native_name
 from wan_fast.profiling import busy
-from wan_fast.tasks import TASKS, VAES
+from wan_fast.tasks import TASKS, VACE_DIM, VAES
 from wan_fast.vae import WanVAE
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -82,17 +82,28 @@ def make_dit(dims: DiTDims, shape: tuple[int, ...], dtype: torch.dtype, device: 
         lambda: WanDiT(dims, attention), manifest.dit_shapes(dims), device, lambda name: FP32 if stays_fp32(name) else dtype
     )
     text = torch.randn(1, dims.text_len, dims.text_dim, device=device)
-    x = torch.randn(1, *shape, device=device)
+    x = torch.randn(1, dims.out_dim, *shape[1:], device=device)
     t = torch.full((1,), 700.0, device=device)
-    return {"model": model, "x": x, "t": t, "text": text, "context": model.prepare([text[0]], grid_of(x.shape))}
+    blank = Inputs.blank(dims, shape)
+    given = {
+        n: None if (z := getattr(blank, n)) is None else torch.randn_like(z, device=device)
+        for n in ("channels", "image", "control")
+    }
+    inputs = Inputs(**given)
+    context = model.prepare([text[0]], grid_of(x.shape), inputs)
+    return {"model": model, "x": x, "t": t, "text": text, "inputs": inputs, "context": context}
 
 
 def diffusers_dit(parts: Mapping[str, Any], dims: DiTDims, dtype: torch.dtype) -> Callable[[], Tensor]:
     """The forward of diffusers' WanTransformer3DModel, in the dtypes in which it is loaded: some modules stay in fp32."""
-    from diffusers import WanTransformer3DModel
+    from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 
+    kind = WanVACETransformer3DModel if dims.vace_layers else WanTransformer3DModel
+    extra: dict[str, Any] = {"vace_layers": [*dims.vace_layers], "vace_in_channels": dims.vace_dim} if dims.vace_layers else {}
+    if dims.image_dim:
+        extra = {"image_dim": dims.image_dim, "added_kv_proj_dim": dims.dim, "pos_embed_seq_len": dims.image_positions or None}
     with torch.device("meta"):
-        theirs = WanTransformer3DModel(
+        theirs = kind(
             num_attention_heads=dims.num_heads,
             attention_head_dim=dims.head_dim,
             in_channels=dims.in_dim,
@@ -100,13 +111,24 @@ def diffusers_dit(parts: Mapping[str, Any], dims: DiTDims, dtype: torch.dtype) -
             text_dim=dims.text_dim,
             ffn_dim=dims.ffn_dim,
             num_layers=dims.num_layers,
+            **extra,
         )
-    in_fp32 = set(WanTransformer3DModel._keep_in_fp32_modules or ())
+    in_fp32 = set(kind._keep_in_fp32_modules or ())
     give_weights(theirs, parts["model"], DIT_NAMES, lambda name, t: t.to(FP32 if in_fp32 & set(name.split(".")) else dtype))
     # its rotation table is no weight: computed on meta, it has no values
     theirs.rope = type(theirs.rope)(dims.head_dim, (1, 2, 2), 1024).to(parts["x"].device)
-    x, t, text = parts["x"], parts["t"], parts["text"]
-    return lambda: theirs(x.to(dtype), t, text.to(dtype), return_dict=False)[0].float()
+    x, t, text, inputs = parts["x"].to(dtype), parts["t"], parts["text"].to(dtype), parts["inputs"]
+    given: dict[str, Any] = {"return_dict": False}
+    if inputs.channels is not None:
+        x = torch.cat([x, inputs.channels[None].to(dtype)], dim=1)
+    if inputs.image is not None:
+        given["encoder_hidden_states_image"] = inputs.image.to(dtype)
+    if inputs.control is not None:
+        given |= {
+            "control_hidden_states": inputs.control[None].to(dtype),
+            "control_hidden_states_scale": torch.ones(len(dims.vace_layers), device=x.device, dtype=dtype),
+        }
+    return lambda: theirs(x, t, text, **given)[0].float()
 
 
 def dit(
@@ -160,7 +182,7 @@ def dit(
     rivals = {
         f"{OURS}, graphed": graphed,
         f"{OURS}, --kernels reference": reference,
-        "official recipe": lambda: official,
+        **({} if dims.vace_layers else {"official recipe": lambda: official}),
         "diffusers": lambda: diffusers_dit(parts, dims, dtype),
         "diffusers, SDPA cuDNN": cudnn,
     }
@@ -168,7 +190,7 @@ def dit(
         arms={OURS: lambda: ours, **({"diffusers, compiled": theirs_compiled} if compiled else rivals)},
         rate="bf16" if dtype == BF16 else "fp32",
         tolerance=1e-4 if dtype == FP32 else 5e-2,
-        flops=manifest.dit_flops(dims, prod(context.grid)),
+        flops=manifest.dit_flops(dims, prod(context.grid), 257 if dims.image_dim else 0),
         bytes=sum(w.nbytes for w in model.state_dict().values()) + 2 * x.nbytes,
     )
 
@@ -213,7 +235,7 @@ def recipe(dims: DiTDims, shape: tuple[int, ...], dtype: torch.dtype, device: to
         },
         rate="bf16" if dtype == BF16 else "fp32",
         tolerance=1e-4 if dtype == FP32 else 5e-2,
-        flops=manifest.dit_flops(dims, prod(context.grid)),
+        flops=manifest.dit_flops(dims, prod(context.grid), 257 if dims.image_dim else 0),
         bytes=sum(w.nbytes for w in model.state_dict().values()) + 2 * x.nbytes,
     )
 
@@ -384,6 +406,8 @@ def _timed(owner: Any, name: str, device: torch.device) -> Iterator[list[float]]
 _TINY = open_checkpoint(locate("tiny", TASKS["ti2v-5B"]))
 _TOY = DiTDims.of_shapes(_TINY.experts["model"].shapes, _TINY.experts["model"].config)
 _NARROW = DiTDims(dim=1536, ffn_dim=8960, num_heads=12, num_layers=2, in_dim=16, out_dim=16)
+_NARROW_I2V = replace(_NARROW, in_dim=36, image_dim=1280)
+_NARROW_VACE = replace(_NARROW, vace_layers=(0,), vace_dim=VACE_DIM)
 _VAES = {version: VaeDims.of_spec(spec) for version, spec in VAES.items()}
 _VAE22_TOY = VaeDims.of_shapes(_TINY.vae.shapes)
 _UMT5_XXL = manifest.text_shapes(256384, 4096, 4096, 10240, 64, 24)
@@ -405,8 +429,12 @@ def _vae(
 GPU_DIT_CASES = (
     Case("dit/ti2v-5B/1280x704x121/bf16", "cuda", _dit("ti2v-5B", 1280, 704, 121), 20.0, True),
     Case("dit/t2v-1.3B/832x480x81/bf16", "cuda", _dit("t2v-1.3B", 832, 480, 81), 12.0, True),
+    Case("dit/vace-1.3B/832x480x81/bf16", "cuda", _dit("vace-1.3B", 832, 480, 81), 16.0),
 )
-GPU_14B_CASES = (Case("dit/t2v-14B/832x480x81/bf16", "cuda", _dit("t2v-14B", 832, 480, 81), 30.0, True),)
+GPU_14B_CASES = (
+    Case("dit/t2v-14B/832x480x81/bf16", "cuda", _dit("t2v-14B", 832, 480, 81), 30.0, True),
+    Case("dit/i2v-14B/832x480x81/bf16", "cuda", _dit("i2v-14B", 832, 480, 81), 35.0),
+)
 GPU_VAE_CASES = (
     Case("vae/2.2-decode/1280x704x121/bf16", "cuda", _vae("2.2", (48, 31, 44, 80), dtype=BF16), 40.0, True),
     Case("vae/2.1-decode/1280x720x81/bf16", "cuda", _vae("2.1", (16, 21, 90, 160), dtype=BF16), 30.0, True),
@@ -438,6 +466,18 @@ CPU_CASES = (
         partial(dit, _NARROW, (16, 3, 30, 52), FP32, version="2.1"),
         20.0,
         True,
+    ),
+    Case(
+        "dit/1.3B-width-2-blocks-i2v/16x3x30x52/fp32",
+        "cpu",
+        partial(dit, _NARROW_I2V, (16, 3, 30, 52), FP32, version="2.1"),
+        25.0,
+    ),
+    Case(
+        "dit/1.3B-width-2-blocks-vace/16x3x30x52/fp32",
+        "cpu",
+        partial(dit, _NARROW_VACE, (16, 3, 30, 52), FP32, version="2.1"),
+        25.0,
     ),
     # small: where a CPU has no bf16 instructions it emulates them
     Case("dit/1.3B-width-2-blocks/16x1x30x26/bf16", "cpu", partial(dit, _NARROW, (16, 1, 30, 26), BF16, version="2.1"), 25.0),

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wan_fast.attention import Attention
-from wan_fast.dit import Block, Context, CrossAttention, Grid, KeysValues, SelfAttention, WanDiT, grid_of, sinusoid
+from wan_fast.blocks import Block, Context, CrossAttention, Grid, KeysValues, SelfAttention
+from wan_fast.dit import WanDiT, grid_of, sinusoid
 from wan_fast.kernels import unpatchify
 from wan_fast.kernels.qk_norm_rope import rotation
 
@@ -47,8 +48,8 @@ def official_step(
     """
     grid = grid_of(latents.shape)
     if habits.text_every_step:
-        context = model.prepare(text, grid)
-    x = model.embed(latents)
+        context = model.prepare(text, grid, like=context)
+    x = model.embed(latents, context.channels)
     K = model.dims.head_dim
     if habits.rotation_in_fp64:
         turn = rotation_table(grid, K, latents.device)
@@ -89,7 +90,8 @@ def _self_attention(layer: SelfAttention, x: Tensor, turn: Tensor, attention: At
 
 def _cross_attention(layer: CrossAttention, x: Tensor, keys_values: KeysValues) -> Tensor:
     q = _rms_norm(layer.q(x), layer.norm_q.weight, layer.norm_q.eps).to(x.dtype).unflatten(-1, layer.heads)
-    return layer.o(layer.attention(q, *keys_values).flatten(2))
+    attended = [layer.attention(q, *pair) for pair in keys_values]
+    return layer.o(sum(attended[1:], attended[0]).flatten(2))
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -23,7 +23,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
+from clips_of import write_clip
 from models import relative_error, write_native
 from PIL import Image
 from safetensors.torch import save_file
@@ -33,11 +35,12 @@ from torch.nn import functional as F
 from bench import RESULTS
 from bench.quality import emulated
 from wan_fast import calibration
+from wan_fast.blocks import Context, Grid
 from wan_fast.calibration import BRANCHES, Calibration
 from wan_fast.checkpoint import open_checkpoint
 from wan_fast.conditioning import PREPARE
-from wan_fast.config import EngineConfig, Request, WanFastError
-from wan_fast.dit import Context, WanDiT, grid_of, sinusoid
+from wan_fast.config import INPUTS, EngineConfig, Request, WanFastError
+from wan_fast.dit import WanDiT, grid_of, sinusoid
 from wan_fast.engine import Engine
 from wan_fast.manifest import DiTDims
 from wan_fast.planning import Plan, plan
@@ -95,6 +98,18 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
         "t2v-A14B": (PICTURE, {"task": "t2v-A14B"}),
         "ti2v-5B": (PICTURE, {"task": "ti2v-5B"}),
         "ti2v-5B, image": (PICTURE, {"task": "ti2v-5B", "image": "picture.png"}),
+        "i2v-A14B": (PICTURE, {"task": "i2v-A14B", "image": "picture.png"}),
+        "flf2v-14B": (PICTURE, {"task": "flf2v-14B", "first_frame": "picture.png", "last_frame": "last.png"}),
+        "vace-1.3B": (
+            PICTURE,
+            {
+                "task": "vace-1.3B",
+                "src_video": "video.mkv",
+                "src_mask": "mask.mkv",
+                "src_ref_images": ("last.png",),
+                "context_scale": 0.8,
+            },
+        ),
     },
     "solver": {
         "dpm++": (PICTURE, {"solver": "dpm++"}),
@@ -122,7 +137,7 @@ BESIDE = {
         for beside in ("steps 8", *(f"step cache {name}" for name in OPTIONS["step cache"]))
         if chosen["cfg_cache"] == "off"
     },
-    ("VAE dtype bf16", "task ti2v-5B, image"): ROUNDED,
+    **{("VAE dtype bf16", f"task {task}"): ROUNDED for task in ("ti2v-5B, image", "i2v-A14B", "flf2v-14B", "vace-1.3B")},
     # of models distilled to a few steps, which have no guidance
     **{
         (f"quality {preset}", beside): SAME
@@ -201,8 +216,13 @@ class Lab:
         self._latents: dict[Any, Tensor] = {}
         self._written_out: dict[Any, Tensor] = {}
         self._outcomes: dict[tuple[Value, ...], Outcome] = {}
-        Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(folder / "picture.png")
-        for task in ("t2v-1.3B", "t2v-A14B", "ti2v-5B"):
+        gradient = Image.linear_gradient("L").resize((64, 64))
+        gradient.convert("RGB").save(folder / "picture.png")
+        gradient.rotate(90).convert("RGB").save(folder / "last.png")
+        frames = np.stack([np.roll(gradient.convert("RGB"), 8 * i, axis=0) for i in range(5)])
+        write_clip(folder / "video.mkv", frames)
+        write_clip(folder / "mask.mkv", np.where(frames > 99, np.uint8(255), np.uint8(0)))
+        for task in sorted({settings["task"] for _, settings in OPTIONS["task"].values()} | {DEFAULTS["task"]}):
             (folder / task).mkdir()
             write_native(folder / task, task, width=128)
             _shorten_text(folder / task)
@@ -218,10 +238,10 @@ class Lab:
         if (values, num_steps) not in self._settled:
             settings = {**DEFAULTS, "num_steps": num_steps}
             settings |= {name: given for value in values for name, given in value.settings.items()}
-            if "image" in settings:
-                settings["image"] = str(self.folder / settings["image"])
-            if "lora" in settings:
-                settings["lora"] = tuple(str(self.folder / lora) for lora in settings["lora"])
+            for name in {*INPUTS, "lora"} & {*settings}:
+                given = settings[name]
+                path = str(self.folder / given) if isinstance(given, str) else tuple(str(self.folder / each) for each in given)
+                settings[name] = path
             of_request = {option.name for option in fields(Request)}
             request = Request(**{name: given for name, given in settings.items() if name in of_request})
             others = {name: given for name, given in settings.items() if name not in of_request}
@@ -242,7 +262,7 @@ class Lab:
         steps = tuple(replace(step, attention="exact") for step in todo.steps)
         key = todo.config.task, todo.request, steps, todo.config.cfg_zero is None, todo.config.lora
         if key not in self._written_out:
-            models = [value for value in VALUES if value.settings == {"task": todo.config.task}]
+            models = [value for value in VALUES if value.settings.get("task") == todo.config.task][:1]
             models += [value for value in VALUES if value.option == "LoRA" and todo.config.lora]
             setup, _ = self.settle(*models)
             self._written_out[key] = written_out(self._engine(setup, todo), todo)
@@ -323,7 +343,7 @@ def _built_of(setup: Setup, todo: Plan) -> Any:
     """
     forms = tuple((expert, *sorted(by_linear.items())) for expert, by_linear in setup.forms.items())
     kernels = tuple((kernel.op, kernel.backend) for kernel in setup.kernels)
-    encoder = setup.vae_dtype if todo.request.image else None
+    encoder = setup.vae_dtype if "encode" in todo.flops else None
     config = setup.config
     own = config.skip_softmax, config.convert_model_dtype, config.lora
     return config.task, setup.dtype, forms, kernels, own, encoder, todo.memory.offload
@@ -334,7 +354,7 @@ def _formats(setup: Setup, todo: Plan) -> list[str]:
     formats = ["fp32", *{form.precision for forms in setup.forms.values() for form in forms.values()}]
     if any(step.attention == "8-bit" for step in todo.steps):
         formats.append("attention in 8 bits")
-    rounded = setup.config.convert_model_dtype or "bf16" in (setup.dtype, todo.request.image and setup.vae_dtype)
+    rounded = setup.config.convert_model_dtype or "bf16" in (setup.dtype, "encode" in todo.flops and setup.vae_dtype)
     return formats + ["bf16"] * rounded
 
 
@@ -378,7 +398,7 @@ def written_out(engine: Engine, todo: Plan) -> Tensor:
     Returns:
         [C, T, H, W] fp32, the final latents.
     """
-    given = PREPARE[engine.spec.kind](todo.request, engine)
+    given = PREPARE[engine.spec.kind](todo.request, todo.framing, engine)
     generator = torch.Generator().manual_seed(todo.request.seed)
     x = torch.randn(todo.latent_shape, generator=generator)
     if todo.request.preset:  # rCM starts on its first noise level
@@ -396,12 +416,13 @@ def written_out(engine: Engine, todo: Plan) -> Tensor:
             how = getattr(step, branch)
             if how == "run":
                 if (step.expert, branch) not in contexts:
-                    contexts[step.expert, branch] = model.prepare([given.text[branch]], grid_of(x.shape))
+                    contexts[step.expert, branch] = model.prepare([given.text[branch]], grid_of(x.shape), given.inputs)
                 residuals[branch] = torch.empty(1, todo.tokens, model.dims.dim)
                 context = contexts[step.expert, branch]
                 velocity[branch] = model(x[None], time, context, split=given.split, residual=residuals[branch])[0]
             elif how == "reuse":
-                velocity[branch] = _resumed(model, x, time, residuals[branch], given.split)
+                tokens = model.embed(x[None], contexts[step.expert, branch].channels) + residuals[branch]
+                velocity[branch] = _resumed(model, tokens, grid_of(x.shape), time, given.split)
             elif how == "reconstruct":
                 low, (of_low, of_high) = _low(difference), step.difference
                 velocity[branch] = velocity["conditional"] - of_low * low - of_high * (difference - low)
@@ -424,13 +445,12 @@ def written_out(engine: Engine, todo: Plan) -> Tensor:
     return x
 
 
-def _resumed(model: WanDiT, x: Tensor, time: Tensor, residual: Tensor, split: int) -> Tensor:
-    """The velocity of x [C, T, H, W] at time [1, R], with what the blocks added before, [1, L, D], in their place."""
-    tokens = model.embed(x[None]) + residual
+def _resumed(model: WanDiT, tokens: Tensor, grid: Grid, time: Tensor, split: int) -> Tensor:
+    """The velocity [C, T, H, W] at time [1, R] that the head makes of tokens [1, L, D]."""
     shift, scale = model.head.modulated_by(model.time_embedding(sinusoid(time, model.dims.freq_dim)))  # [1, R, D]
     row = (torch.arange(tokens.shape[1]) >= split).long() * (time.shape[1] - 1)
     y = F.layer_norm(tokens, tokens.shape[-1:], eps=model.dims.eps) * (1 + scale[:, row]) + shift[:, row]
-    T, H, W = grid_of(x.shape)
+    T, H, W = grid
     patches = model.head.head(y).view(T, H, W, 2, 2, -1)
     return patches.permute(5, 0, 1, 3, 2, 4).reshape(-1, T, 2 * H, 2 * W)
 

@@ -6,19 +6,29 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from wan_fast import checkpoint, manifest
 from wan_fast.config import EngineConfig, Request
-from wan_fast.dit import WanDiT, grid_of
-from wan_fast.encoders import TextEncoder, Tokenizer
+from wan_fast.dit import Inputs, WanDiT, grid_of
+from wan_fast.encoders import ImageEncoder, TextEncoder, Tokenizer
 from wan_fast.engine import Engine
 from wan_fast.loading import load_model
 from wan_fast.solver import Solver
 from wan_fast.steps import Step, official, sigma_grid, solver_rows
 from wan_fast.vae import WanVAE
 
-TASK = {"t2v": "t2v-1.3B", "ti2v": "ti2v-5B", "t2v_A14B": "t2v-A14B"}
+TASK = {
+    "t2v": "t2v-1.3B",
+    "i2v": "i2v-14B",
+    "flf2v": "flf2v-14B",
+    "vace": "vace-1.3B",
+    "ti2v": "ti2v-5B",
+    "t2v_A14B": "t2v-A14B",
+    "i2v_A14B": "i2v-A14B",
+}
+PICTURES = {"flf2v": {"image_u8": "first_frame", "last_image_u8": "last_frame"}}
 FP32 = torch.float32
 
 
@@ -35,7 +45,9 @@ class Adapter:
         return load_model(lambda: TextEncoder(part.shapes), part, "cpu", lambda name: FP32)(ids)
 
     def clip(self, ckpt, image_u8):
-        raise NotImplementedError("the image tasks are not wired yet")
+        part = checkpoint.open_checkpoint(Path(ckpt)).image_encoder
+        encoder = load_model(lambda: ImageEncoder(manifest.ClipDims.of_shapes(part.shapes)), part, "cpu", lambda name: FP32)
+        return encoder(image_u8.permute(2, 0, 1).float() / 127.5 - 1)
 
     def vae_encode(self, ckpt, which, video):
         return self._vae(ckpt).encode(video)
@@ -57,7 +69,19 @@ class Adapter:
         dims = manifest.DiTDims.of_shapes(part.shapes, part.config)
         model = load_model(lambda: WanDiT(dims), part, "cpu", lambda name: FP32)
         timestep, split = rows_and_split(inputs["t"].float())
-        return model(inputs["x"], timestep, model.prepare(inputs["context"], grid_of(inputs["x"].shape)), split=split)
+        return torch.cat([self._velocity(model, inputs, timestep, split, i) for i in range(len(timestep))])
+
+    def _velocity(self, model, inputs, timestep, split, i):
+        """Of sample i; each has a clip's inputs of its own."""
+        x, clip = inputs["x"][i : i + 1], inputs.get("clip_fea")
+        given = Inputs(
+            channels=inputs["y"][i] if "y" in inputs else None,
+            image=None if clip is None else clip.chunk(len(timestep))[i],
+            control=inputs["vace_context"][i] if "vace_context" in inputs else None,
+            control_scale=inputs.get("vace_context_scale", 1.0),
+        )
+        context = model.prepare(inputs["context"][i : i + 1], grid_of(x.shape), given)
+        return model(x, timestep[i : i + 1], context, split=split)
 
     def generate(self, ckpt, variant, meta, tensors):
         if variant not in TASK:
@@ -69,7 +93,7 @@ class Adapter:
             request = Request(
                 prompt=meta["prompt"],
                 negative_prompt=meta["n_prompt"],
-                size=tuple(meta.get("size") or meta["img"]),
+                size=size_of(meta),
                 num_frames=meta["frame_num"],
                 num_steps=meta["sampling_steps"],
                 shift=meta["shift"],
@@ -77,13 +101,48 @@ class Adapter:
                 solver=meta.get("solver", "unipc"),
                 noise=f"{folder}/noise.safetensors",
             )
-            if "image_u8" in tensors:
-                from PIL import Image
-
-                Image.fromarray(tensors["image_u8"].numpy()).save(f"{folder}/image.png")
-                request = replace(request, image=f"{folder}/image.png")
+            for key, name in PICTURES.get(variant, {"image_u8": "image"}).items():
+                if key in tensors:
+                    request = replace(request, **{name: picture(tensors[key], f"{folder}/{name}.png")})
+            if variant == "vace":
+                references = [picture(frame, f"{folder}/{i}.png") for i, frame in enumerate(tensors["refs_u8"])]
+                request = replace(
+                    request,
+                    src_video=lossless(tensors["frames_u8"], f"{folder}/video.mkv"),
+                    src_mask=lossless(tensors["masks_u8"][..., None].expand(-1, -1, -1, 3), f"{folder}/mask.mkv"),
+                    src_ref_images=tuple(references),
+                    context_scale=meta["context_scale"],
+                )
             engine.generate(request, on_frames=chunks.append)
         return torch.cat(chunks, dim=1)
+
+
+def size_of(meta):
+    """Width and height; where the size is an area, any two factors of it."""
+    width, height = meta.get("size") or meta["img"]
+    area = meta.get("max_area", width * height)
+    if area == width * height:
+        return width, height
+    return next((side, area // side) for side in range(1, area + 1) if area % side == 0 and side * side >= area)
+
+
+def picture(pixels, file):
+    """Write [H, W, 3] uint8; returns the file."""
+    Image.fromarray(pixels.numpy()).save(file)
+    return file
+
+
+def lossless(frames, file):
+    """Write frames [F, H, W, 3] uint8 as they are; returns the file."""
+    import av
+
+    with av.open(file, "w") as container:
+        stream = container.add_stream("ffv1", rate=16)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    return file
 
 
 class Scheduler:

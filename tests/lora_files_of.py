@@ -11,6 +11,8 @@ from wan_fast.manifest import DiTDims, dit_shapes
 
 SIZES = dict(ffn_dim=20, num_heads=1, in_dim=4, out_dim=3, text_dim=10, freq_dim=6)
 SHAPES = dit_shapes(DiTDims(dim=12, num_layers=2, **SIZES))
+WITH_IMAGE = dit_shapes(DiTDims(dim=12, num_layers=2, image_dim=8, image_positions=6, **SIZES))
+WITH_VACE = dit_shapes(DiTDims(dim=12, num_layers=2, vace_layers=(0, 1), vace_dim=7, **SIZES))
 # suffixes of up and down
 PAIRS = [
     (".lora_up.weight", ".lora_down.weight"),
@@ -22,15 +24,20 @@ PAIRS = [
     (".lora_linear_layer.up.weight", ".lora_linear_layer.down.weight"),
 ]
 KOHYA, PEFT, DIFFSYNTH = PAIRS[:3]
-OUTSIDE_BLOCKS = ("patch_embedding", "text_embedding.2", "time_embedding.0", "time_projection.1", "head.head")
+BLOCKS = ("blocks.", "vace_blocks.")
+BIASES = ("attn.q.bias", "k_img.bias", "ffn.0.bias", "after_proj.bias", "head.head.bias")
+OUTSIDE_BLOCKS = (
+    *("patch_embedding", "text_embedding.2", "time_embedding.0", "time_projection.1", "head.head"),
+    *("img_emb.proj.1", "img_emb.proj.3", "vace_patch_embedding"),
+)
 
 
 def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def weights(seed=0):
-    return {name: random(*shape, seed=seed + i) for i, (name, shape) in enumerate(SHAPES.items())}
+def weights(seed=0, shapes=SHAPES):
+    return {name: random(*shape, seed=seed + i) for i, (name, shape) in enumerate(shapes.items())}
 
 
 @dataclass
@@ -59,18 +66,18 @@ class Known:
         )
 
 
-def known(seed=100, kinds=("factors", "diffs")):
+def known(seed=100, kinds=("factors", "diffs"), shapes=SHAPES):
     """Linears of the blocks with ranks 3 and 5 and other alphas, layers around the blocks, biases, norms, modulation."""
     factors, diffs = {}, {}
-    for i, (name, shape) in enumerate(SHAPES.items()):
+    for i, (name, shape) in enumerate(shapes.items()):
         module, _, leaf = name.rpartition(".")
-        if leaf == "weight" and len(shape) > 1 and (name.startswith("blocks.") or module in OUTSIDE_BLOCKS):
+        if leaf == "weight" and len(shape) > 1 and (name.startswith(BLOCKS) or module in OUTSIDE_BLOCKS):
             rank = 5 if "ffn" in name else 3
             up, down = random(shape[0], rank, seed=seed + i), random(rank, *shape[1:], seed=seed + i + 500)
             if len(shape) > 2:
                 up = up.view(shape[0], rank, 1, 1, 1)
             factors[module] = (up, down, 2.0 + i % 3)
-        elif leaf == "modulation" or "norm" in name or name.endswith(("attn.q.bias", "ffn.0.bias", "head.head.bias")):
+        elif leaf == "modulation" or "norm" in name or name.endswith(BIASES):
             diffs[name] = random(*shape, seed=seed + i)
     return Known(factors if "factors" in kinds else {}, diffs if "diffs" in kinds else {})
 
@@ -82,7 +89,12 @@ DIFFUSERS = [
     (r"text_embedding\.2$", "condition_embedder.text_embedder.linear_2"),
     (r"time_embedding\.0$", "condition_embedder.time_embedder.linear_1"),
     (r"time_embedding\.2$", "condition_embedder.time_embedder.linear_2"),
-    (r"time_projection\.1$", "condition_embedder.time_proj"), (r"k_img$", "add_k_proj"), (r"v_img$", "add_v_proj"),
+    (r"time_projection\.1$", "condition_embedder.time_proj"), (r"norm_k_img$", "norm_added_k"), (r"k_img$", "add_k_proj"),
+    (r"v_img$", "add_v_proj"), (r"\.before_proj$", ".proj_in"), (r"\.after_proj$", ".proj_out"),
+    (r"^img_emb\.proj\.0$", "condition_embedder.image_embedder.norm1"),
+    (r"^img_emb\.proj\.1$", "condition_embedder.image_embedder.ff.net.0.proj"),
+    (r"^img_emb\.proj\.3$", "condition_embedder.image_embedder.ff.net.2"),
+    (r"^img_emb\.proj\.4$", "condition_embedder.image_embedder.norm2"),
 ]  # fmt: skip
 
 
@@ -101,7 +113,7 @@ def underscored(module):
 
 
 def in_blocks(name):
-    return name.startswith("blocks.") and "modulation" not in name
+    return name.startswith((*BLOCKS, "img_emb.")) and "modulation" not in name
 
 
 # style -> (prefix, spelling of a module, suffixes of factors, has alpha, words for norms and biases, what it has words for)

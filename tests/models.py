@@ -2,15 +2,17 @@
 
 import json
 import shutil
+from dataclasses import replace
+from math import prod
 
 import torch
 from safetensors.torch import save_file
 
 from wan_fast.checkpoint import locate, open_checkpoint, read_tensors
 from wan_fast.dit import WanDiT
-from wan_fast.manifest import DiTDims, VaeDims
+from wan_fast.manifest import ClipDims, DiTDims, VaeDims, clip_shapes
 from wan_fast.steps import sigma_grid
-from wan_fast.tasks import TASKS, VAES
+from wan_fast.tasks import TASKS, VACE_DIM, VAES
 from wan_fast.vae import WanVAE
 
 
@@ -43,22 +45,50 @@ def write_native(folder, task, *, shards=1, dtype=torch.float32, layers=2, width
     spec = TASKS[task]
     tiny = open_checkpoint(locate("tiny", spec))
     text = dict(read_tensors(tiny.text_encoder))
-    dims = DiTDims(
+    dims = small_dims(task, layers=layers, width=width, text_dim=text["token_embedding.weight"].shape[1])
+    for seed, expert in enumerate(spec.experts):
+        state = {n: t.to(dtype) for n, t in random_dit(dims, seed).state_dict().items()}
+        write_dit(folder if expert == "model" else folder / f"{expert}_model", state, dims, shards)
+    torch.save(random_vae(spec.vae).state_dict(), folder / spec.vae_spec.file)
+    torch.save(text, folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    if spec.image_tokens:
+        torch.save(random_clip(), folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    shutil.copytree(tiny.tokenizer, folder / "google" / "umt5-xxl")
+    return folder
+
+
+def small_dims(task, *, layers=2, width=256, text_dim=64):
+    """A narrow model of a task's kind."""
+    spec = TASKS[task]
+    return DiTDims(
         dim=width,
         ffn_dim=320,
         num_heads=width // 128,
         num_layers=layers,
         in_dim=spec.in_dim,
         out_dim=spec.out_dim,
-        text_dim=text["token_embedding.weight"].shape[1],
+        text_dim=text_dim,
+        image_dim=CLIP.dim if spec.image_tokens else 0,
+        image_positions=spec.image_tokens if spec.kind == "first_last" else 0,
+        vace_layers=tuple(range(0, layers, 2)) if spec.vace_layers else (),
+        vace_dim=VACE_DIM if spec.vace_layers else 0,
     )
-    for seed, expert in enumerate(spec.experts):
-        state = {n: t.to(dtype) for n, t in random_dit(dims, seed).state_dict().items()}
-        write_dit(folder if expert == "model" else folder / f"{expert}_model", state, dims, shards)
-    torch.save(random_vae(spec.vae).state_dict(), folder / spec.vae_spec.file)
-    torch.save(text, folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    shutil.copytree(tiny.tokenizer, folder / "google" / "umt5-xxl")
-    return folder
+
+
+# two of its layers run; as many tokens as the released one has
+CLIP = ClipDims(dim=160, ffn_dim=320, num_heads=2, num_layers=2, patch=14, size=224)
+
+
+def random_clip(seed=0):
+    """A small CLIP as its native file has it: a layer more than runs, and the text tower's tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = clip_shapes(replace(CLIP, num_layers=CLIP.num_layers + 1))
+    shapes |= {"visual.cls_embedding": (1, 1, CLIP.dim), "visual.pos_embedding": (1, CLIP.tokens, CLIP.dim)}
+    state = {}
+    for name, shape in {**shapes, "visual.post_norm.weight": (CLIP.dim,), "textual.norm.weight": (8,), "log_scale": ()}.items():
+        scale = 0.1 if len(shape) < 2 else (shape[0] / prod(shape)) ** 0.5
+        state[name] = torch.randn(shape, generator=generator) * scale + ("norm" in name and name.endswith("weight"))
+    return state
 
 
 def write_dit(folder, state, dims, shards=1):
@@ -71,6 +101,7 @@ def write_dit(folder, state, dims, shards=1):
         "num_layers": dims.num_layers,
         "text_len": 512,
         "eps": 1e-6,
+        **({"vace_layers": list(dims.vace_layers), "vace_in_dim": dims.vace_dim} if dims.vace_layers else {}),
     }
     (folder / "config.json").write_text(json.dumps(config))
     stem = "diffusion_pytorch_model"

@@ -69,7 +69,10 @@ def test_the_residual_is_what_the_blocks_added():
     model, latents, seen = made.expert("model"), clips(1)[0], []
     hooks = [
         model.blocks[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].clone())),
-        model.blocks[-1].register_forward_hook(lambda module, args, out: seen.append(args[0].clone())),
+        # what it returns is still to be added
+        model.blocks[-1].register_forward_hook(
+            lambda module, args, out: seen.append(args[0] + args[2][:, :, 5].repeat_interleave(args[0].shape[1], 1) * out)
+        ),
     ]
     made.predicted(plan(["#.####"] * 2)[0], latents, "conditional", "run")
     for hook in hooks:

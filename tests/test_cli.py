@@ -77,7 +77,8 @@ REFUSED = {
     "flag without value": (f"{RUN} --size", "--size"),
     "unknown command": ("rnu --task ti2v-5B", "unknown command 'rnu'; did you mean run?"),
     "stray word": (f"{RUN} dog", "dog"),
-    "known flag, not followed yet": (f"{RUN} --ulysses_size 8", "--ulysses_size 8 is known, but"),
+    "known flag, not followed yet": (f"{RUN} --infer_frames 80", "--infer_frames 80 is known, but"),
+    "flag for several processes": (f"{RUN} --ulysses_size 8", "--ulysses_size 8: for several processes, and there is 1"),
     "size off the grid": (f"{RUN} --size 100*100", "not on the 32-pixel grid of ti2v-5B; the nearest that is: 96*96"),
     "size no size": (f"{RUN} --size big", "--size must be WIDTH*HEIGHT in pixels, got 'big'"),
     "frames not 4n+1": (f"{RUN} --frame_num 32", "--frame_num must be 4n+1, got 32; take 29 or 33"),
@@ -89,7 +90,8 @@ REFUSED = {
         "run --task t2v-1.3B --ckpt_dir tiny --prompt x --image made/cut.png",
         "task t2v-1.3B takes no --image",
     ),
-    "no prompt": ("run --task ti2v-5B --ckpt_dir tiny --device cpu", "needs a prompt"),
+    "no prompt": (f"{RUN} --prompt ''", "needs a prompt"),
+    "picture without a prompt": ("run --task ti2v-5B --ckpt_dir tiny --image made/cut.png", "needs a prompt"),
     "no checkpoint folder": (f"{RUN} --ckpt_dir ./nowhere", "checkpoint folder './nowhere' does not exist"),
     "empty checkpoint folder": (f"{RUN} --ckpt_dir made", "holds no Wan checkpoint"),
     "missing shard": (
@@ -140,6 +142,7 @@ def noise_of_another_shape(folder):
 MAKE = {
     "picture cut in half": picture_cut_in_half,
     "picture for a task without": picture_cut_in_half,
+    "picture without a prompt": picture_cut_in_half,
     "empty checkpoint folder": lambda folder: folder.mkdir(),
     "folder taken for a hub id": lambda folder: folder.mkdir(),
     "lost blocks": lambda folder: edit(folder, lambda s: [s.pop(n) for n in list(s) if n.startswith("blocks.1.")]),

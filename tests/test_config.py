@@ -17,7 +17,7 @@ from wan_fast.config import (
     resolve,
     with_seed,
 )
-from wan_fast.planning import best_size
+from wan_fast.framing import best_size
 from wan_fast.tasks import TASKS, VAES
 
 

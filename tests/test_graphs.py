@@ -106,7 +106,7 @@ FOLDER = []
 def folder(tmp_path_factory):
     """A checkpoint of one small block for each task, and pictures; in FOLDER, for what is called outside of tests too."""
     made = tmp_path_factory.mktemp("graphs")
-    for task in ("ti2v-5B", "t2v-A14B"):
+    for task in ("ti2v-5B", "t2v-A14B", "i2v-14B", "i2v-A14B", "vace-1.3B"):
         write_native(made / task, task, layers=1, width=128)
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(made / "first.png")
     Image.new("RGB", (64, 64), "green").save(made / "second.png")
@@ -161,9 +161,11 @@ def assert_same(found, expected):
 
 
 def asked(**changes):
-    """A request; an image by its name."""
+    """A request; pictures by their names."""
     if changes.get("image"):
         changes["image"] = str(FOLDER[0] / changes["image"])
+    if changes.get("src_ref_images"):
+        changes["src_ref_images"] = tuple(str(FOLDER[0] / name) for name in changes["src_ref_images"])
     return replace(SHORT, **changes)
 
 
@@ -189,6 +191,9 @@ CASES = {
     "cfg-zero": (dict(cfg_zero=2), dict(num_steps=10)),
     "cfg-zero-gate": (dict(cfg_zero=1, cfg_cache="gate:0.4", step_cache="every:2,0.3"), dict(num_steps=12)),
     "two-experts": (dict(task="t2v-A14B"), dict(num_steps=10, shift=3.0)),
+    "i2v": (dict(task="i2v-14B"), IMAGE),
+    "i2v-mask-two-experts": (dict(task="i2v-A14B", step_cache="#.###.#.##.#"), dict(IMAGE, num_steps=12, shift=3.0)),
+    "vace": (dict(task="vace-1.3B"), dict(src_ref_images=("first.png",), context_scale=0.8)),
     "two-experts-mask": (dict(task="t2v-A14B", step_cache="#.#.#.#.#.##"), dict(num_steps=12, shift=3.0)),
 }
 
@@ -266,7 +271,11 @@ def test_graphs_serve_later_clips_of_the_shape():
 
 
 @pytest.mark.parametrize(
-    "name", ["image", "lcm", "image-lcm", "mask-difference", "every-frequency", "cfg-zero-gate", "two-experts"]
+    "name",
+    [
+        *("image", "lcm", "image-lcm", "mask-difference", "every-frequency", "cfg-zero-gate", "two-experts"),
+        *("i2v", "i2v-mask-two-experts", "vace"),
+    ],
 )
 def test_later_clips_with_more_to_remember(name):
     options, changes = CASES[name]
@@ -274,12 +283,23 @@ def test_later_clips_with_more_to_remember(name):
     request, other = asked(**changes), asked(**changes, prompt="a blue square", seed=7)
     if request.image:
         other = replace(other, image=asked(image="second.png").image)
+    if request.src_ref_images:
+        other = replace(other, src_ref_images=asked(src_ref_images=("second.png",)).src_ref_images)
     captured = []
     for each in (request, other, request):
         assert_same(clip(made, each)[0], wanted(each, **options))
         captured.append(tapes[0].captures)
     # a kind of a single step in a clip is captured in the second clip, and is then there
     assert len(tapes) == 1 and captured[2] == captured[1] == len({step.kind for step in made.plan(request).steps})
+
+
+def test_another_strength_of_hints_begins_anew():
+    """It is a number of the graph itself."""
+    made, tapes = engine("kept", decode=False, task="vace-1.3B")
+    for scale, count in ((1.0, 1), (1.0, 1), (0.5, 2)):
+        request = asked(src_ref_images=("first.png",), context_scale=scale)
+        assert_same(clip(made, request)[0], wanted(request, task="vace-1.3B"))
+        assert len(tapes) == count
 
 
 def test_a_kind_that_comes_later_joins_the_others():

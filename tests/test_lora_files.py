@@ -1,13 +1,28 @@
 """LoRA files of every style, which expert they are for, and the weights that come of them."""
 
 import json
+import re
 import subprocess
 import sys
 from math import inf, nan, sqrt
 
 import pytest
 import torch
-from lora_files_of import PAIRS, SHAPES, SIZES, STYLES, Known, diffusers, known, random, save, weights, written
+from lora_files_of import (
+    PAIRS,
+    SHAPES,
+    SIZES,
+    STYLES,
+    WITH_IMAGE,
+    WITH_VACE,
+    Known,
+    diffusers,
+    known,
+    random,
+    save,
+    weights,
+    written,
+)
 
 from wan_fast.errors import WanFastError
 from wan_fast.lora import Lora
@@ -25,12 +40,12 @@ def opened(path, strength=1.0, shapes=SHAPES):
     return open_loras([Lora(str(path), strength)], {"model": shapes})["model"][0]
 
 
-def merge(*files):
+def merge(*files, state=WEIGHTS):
     """All weights with these LoRAs; those that are no target stay the same objects."""
     merger = Merger(files)
     merger.check()
-    merged = {name: merger.merged(name, weight) for name, weight in WEIGHTS.items()}
-    assert {name for name in WEIGHTS if merged[name] is not WEIGHTS[name]} == merger.targets
+    merged = {name: merger.merged(name, weight) for name, weight in state.items()}
+    assert {name for name in state if merged[name] is not state[name]} == merger.targets
     return merged
 
 
@@ -65,6 +80,57 @@ def test_every_style_gives_the_same_weights(tmp_path, style):
     file = opened(save(tmp_path / "lora.safetensors", state))
     assert set(file.updates) == {f"{module}.weight" for module in said.factors} | set(said.diffs)
     assert_same(merge(file), said.added_to(WEIGHTS))
+
+
+@pytest.mark.parametrize("shapes", [WITH_IMAGE, WITH_VACE], ids=["image", "vace"])
+@pytest.mark.parametrize("style", STYLES)
+def test_every_style_reaches_the_branches(tmp_path, style, shapes):
+    state, said = written(known(shapes=shapes), style)
+    file = opened(save(tmp_path / "lora.safetensors", state), shapes=shapes)
+    assert set(file.updates) == {f"{module}.weight" for module in said.factors} | set(said.diffs)
+    own = "blocks.1.cross_attn.v_img.weight" if shapes is WITH_IMAGE else "vace_blocks.1.after_proj.weight"
+    assert own in file.updates and not file.absent and not [said for said in file.warnings if "alpha" not in said]
+    before = weights(shapes=shapes)
+    assert_same(merge(file, state=before), said.added_to(before))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_one_for_pictures_goes_to_a_model_without_them(tmp_path, style):
+    """To all that this has; what the image branch would get is counted."""
+    state, said = written(known(shapes=WITH_IMAGE), style)
+    file = opened(save(tmp_path / "lora.safetensors", state))
+    plain = said.only(lambda name: "img" not in name)
+    assert_same(merge(file), plain.added_to(WEIGHTS))
+    assert file.absent == sum(bool(re.search("img|image_emb|add_[kv]_proj|norm_added_k", key)) for key in state) > 10
+    told = f"lora.safetensors: {file.absent} keys of an image branch, which this model has not, are left out"
+    assert told in file.warnings
+
+
+def test_one_for_text_goes_to_the_blocks_that_a_model_with_a_branch_has_of_its_own(tmp_path):
+    state, said = written(known())
+    for shapes in (WITH_IMAGE, WITH_VACE):
+        file, before = opened(save(tmp_path / "lora.safetensors", state), shapes=shapes), weights(shapes=shapes)
+        merged = merge(file, state=before)
+        assert_same(merged, said.added_to(before))
+        assert all(merged[name] is before[name] for name in before.keys() - SHAPES.keys())
+        assert not file.absent and not file.warnings
+
+
+def test_one_of_the_vace_branch_needs_it(tmp_path):
+    path = save(tmp_path / "lora.safetensors", written(known(shapes=WITH_VACE))[0])
+    for shapes in (SHAPES, WITH_IMAGE):
+        with pytest.raises(WanFastError, match=r"keys without a place in this model: .* of another variant of Wan"):
+            opened(path, shapes=shapes)
+
+
+@pytest.mark.parametrize("key", ["img_emb.emb_pos.diff", "transformer.condition_embedder.image_embedder.pos_embed.diff"])
+def test_positions_of_pictures(tmp_path, key):
+    own = {f"{Q}{suffix}": tensor for suffix, tensor in factors().items()}
+    path, before = save(tmp_path / "lora.safetensors", {**own, key: random(1, 6, 8)}), weights(shapes=WITH_IMAGE)
+    expected = Known({}, {"img_emb.emb_pos": random(1, 6, 8)}).added_to(before)["img_emb.emb_pos"]
+    merged = merge(opened(path, shapes=WITH_IMAGE), state=before)
+    assert_same(merged, {"img_emb.emb_pos": expected})
+    assert opened(path).absent == 1
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair[0])

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from wan_fast import manifest, memory, planning
 from wan_fast.attention import Attention8bit
 from wan_fast.backends import FUSED, FUSED_8BIT, IN_8_BITS, OF_ATTENTION
+from wan_fast.conditioning.image import grey_but_for
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import Device, describe
-from wan_fast.dit import WanDiT, grid_of
+from wan_fast.dit import Inputs, WanDiT, grid_of
 from wan_fast.engine import Engine
 from wan_fast.kernels import KERNELS
 from wan_fast.manifest import DiTDims, VaeDims, dit_shapes, stays_fp32
@@ -117,14 +118,14 @@ def test_weights_are_those_that_get_loaded(tmp_path):
         assert dict(plan(config, request).memory.weights) == loaded
 
 
-@pytest.mark.parametrize("task", ["t2v-1.3B", "ti2v-5B", "t2v-14B"])
+@pytest.mark.parametrize("task", ["t2v-1.3B", "ti2v-5B", "t2v-14B", "i2v-14B", "vace-1.3B"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scaling", ["", "row", "block"])
 def test_denoising_memory_is_what_the_model_takes(task, dtype, scaling, attention=None):
     """Run on meta at the real size: the prediction is at most a fifth above what is alive at once, and never below."""
     spec = TASKS[task]
     shape = spec.vae_spec.latent_shape(spec.default_size, spec.num_frames)
-    dims = replace(DiTDims.of_task(spec), num_layers=2)
+    dims = replace(DiTDims.of_task(spec), num_layers=2, vace_layers=spec.vace_layers and (0,))
     with torch.device("meta"):
         model = WanDiT(dims, in_8_bits=attention).requires_grad_(False)
         for name, parameter in model.named_parameters():
@@ -137,12 +138,16 @@ def test_denoising_memory_is_what_the_model_takes(task, dtype, scaling, attentio
         x = torch.empty(1, *shape)
 
         def step():
-            contexts = [model.prepare([torch.empty(20, dims.text_dim)], grid_of(x.shape)) for _ in range(2)]
-            model(x, torch.empty(1, 1), contexts[0], in_8_bits=bool(attention))
+            text, inputs = [torch.empty(20, dims.text_dim)], Inputs.blank(dims, shape)
+            context = model.prepare(text, grid_of(x.shape), inputs)
+            other = model.prepare(text, grid_of(x.shape), like=context)  # of the other branch
+            model(x, torch.empty(1, 1), context, in_8_bits=bool(attention))
+            return other
 
         measured = peak_bytes(step)
     size = 2 if dtype == torch.bfloat16 else 4
     predicted = memory._denoise_bytes({"model": dims}, shape, size, True, {"model": forms}, bool(attention))
+    predicted += memory._inputs_bytes(spec, {"model": dims}, shape, size, {"model"})
     assert measured <= predicted <= 1.2 * measured
 
 
@@ -177,14 +182,29 @@ def test_decoding_memory_is_what_the_vae_takes(version, latents, decode, dtype):
     assert measured <= memory._decode_bytes(dims, latents, *decode, dtype.itemsize, fused=True) <= 1.2 * measured
 
 
-@pytest.mark.parametrize(("version", "latents"), [("2.1", (16, 1, 60, 104)), ("2.2", (48, 1, 44, 80))])
-def test_encoding_memory_is_what_the_vae_takes(version, latents):
+@pytest.mark.parametrize("frames", [1, 4])
+@pytest.mark.parametrize(("version", "latents"), [("2.1", (16, 5, 60, 104)), ("2.2", (48, 5, 44, 80))])
+def test_encoding_memory_is_what_the_vae_takes(version, latents, frames):
     dims = VaeDims.of_spec(VAES[version])
     with torch.device("meta"):
         vae = WanVAE(dims).requires_grad_(False)
-        video = torch.empty(3, 1, latents[2] * vae.spec.stride[1], latents[3] * vae.spec.stride[2])
+        length = 1 if frames == 1 else 4 * latents[1] - 3
+        video = torch.empty(3, length, latents[2] * vae.spec.stride[1], latents[3] * vae.spec.stride[2])
         measured = peak_bytes(lambda: vae.encode(video))
-    assert measured <= memory._encode_bytes(dims, latents, 4, fused=True) <= 1.3 * measured
+    assert measured <= memory._encode_bytes(dims, latents, 4, fused=True, frames=frames) <= 1.3 * measured
+
+
+@pytest.mark.parametrize("version", ["2.1", "2.2"])
+def test_encoding_a_longer_clip_of_grey_takes_no_more_memory(version):
+    vae = WanVAE(VaeDims.of_spec(VAES[version])).to("meta").requires_grad_(False)
+    picture = torch.empty(3, 64, 64, device="meta")
+
+    def encode(num_frames):
+        return vae.encode_stream(grey_but_for({0: picture}, num_frames), num_frames)
+
+    short, long = (peak_bytes(lambda frames=frames: encode(frames)) for frames in (161, 401))
+    latents = 4 * vae.channels * 8 * 8 * (401 - 161) // 4  # which are what is made
+    assert long <= short + 2 * latents
 
 
 @pytest.mark.parametrize("version", ["2.1", "2.2"])
@@ -210,9 +230,11 @@ def test_memory_of_the_references_is_within_the_plan(version, dtype, width, size
         )
         planned = memory._decode_bytes(dims, latents.shape, chunk, piece, 1, dtype.itemsize, fused=False)
         assert measured <= planned <= 1.6 * measured, (chunk, piece)
-    picture = torch.rand(3, 1, *(side * vae.spec.stride[1] for side in size))
-    measured = peak_bytes(lambda: vae.encode(picture))
-    assert measured <= memory._encode_bytes(dims, latents.shape, dtype.itemsize, fused=False) <= 1.6 * measured
+    for frames, length in ((1, 1), (4, 9)):
+        clip = torch.rand(3, length, *(side * vae.spec.stride[1] for side in size))
+        measured = peak_bytes(lambda clip=clip: vae.encode(clip))
+        planned = memory._encode_bytes(dims, latents.shape, dtype.itemsize, fused=False, frames=frames)
+        assert measured <= planned <= 1.6 * measured, frames
 
 
 def test_a_tiny_budget_decodes_in_strips_and_says_what_they_cost():

@@ -217,8 +217,8 @@ def test_a_precision_asked_for_is_not_silently_none():
     assert settle("bf16", "auto", None, (9, 0), shapes, both, {})[0] == {}
     with pytest.raises(WanFastError, match="both FP8 and INT8"):
         settle("auto", "auto", None, (9, 0), shapes, both, {})
-    part = {"blocks.0.ffn.0": Form("fp8", stored=True)}
-    assert "1 linears of 1 blocks" in described(part, 2) and "7 more of these are not; blocks 1 are not" in described(part, 2)
+    said = described({"blocks.0.ffn.0": Form("fp8", stored=True)}, shapes)
+    assert "1 linears of 1 blocks" in said and "7 more of these are not; blocks 1 are not" in said
 
 
 def test_joint_linears_are_stored_only_where_all_parts_are_alike():

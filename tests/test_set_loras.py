@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,17 +38,17 @@ def shapes(config=None):
     return next(iter(opened.experts.values())).shapes
 
 
-def write(path, *, rank=4, seed=0, scale=0.05, less=(), **metadata):
-    """A LoRA of tiny: every linear of the blocks, a bias, a norm and a modulation. Returns the path."""
+def write(path, *, config=None, rank=4, seed=0, scale=0.05, less=(), **metadata):
+    """A LoRA of a model, by default tiny: every linear of the blocks, a bias, a norm and a modulation. Returns the path."""
     state = {}
-    for i, (name, shape) in enumerate(sorted(shapes().items())):
+    for i, (name, shape) in enumerate(sorted(shapes(config).items())):
         module, _, kind = name.rpartition(".")
-        if not name.startswith("blocks.") or any(word in name for word in less):
+        if not name.startswith(("blocks.", "vace_blocks.", "img_emb.")) or any(word in name for word in less):
             continue
         if kind == "weight" and len(shape) == 2:
             state[f"diffusion_model.{module}.lora_up.weight"] = random(shape[0], rank, seed=seed + i) * scale
             state[f"diffusion_model.{module}.lora_down.weight"] = random(rank, shape[1], seed=seed + i + 1000) * scale
-        elif name.endswith(("ffn.0.bias", "norm_q.weight", "self_attn.v.bias", "norm3.weight")):
+        elif name.endswith(("ffn.0.bias", "norm_q.weight", "norm_k_img.weight", "self_attn.v.bias", "norm3.weight")):
             state[f"diffusion_model.{module}.diff{'_b' * (kind == 'bias')}"] = random(*shape, seed=seed + i) * scale
         elif kind == "modulation":
             state[f"diffusion_model.{module}.diff_m"] = random(*shape, seed=seed + i) * scale
@@ -81,6 +82,33 @@ def test_switching_gives_what_a_new_engine_would_have_and_leaves_no_trace(settin
         assert same(weights(engine), fresh), wanted
         assert same(fresh, base) is not bool(wanted)
         assert engine.config.lora == tuple(wanted)
+
+
+@pytest.fixture(scope="module", params=["i2v-14B", "flf2v-14B", "vace-1.3B"])
+def with_branch(request, tmp_path_factory):
+    """The configuration of a small model that has a branch, and a LoRA of it."""
+    folder = write_native(tmp_path_factory.mktemp(request.param), request.param)
+    config = EngineConfig(task=request.param, checkpoint=str(folder), device="cpu")
+    return config, write(folder / "lora.safetensors", config=config)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_a_branch_is_switched_and_comes_back(settings, with_branch):
+    config, lora = with_branch
+    config = replace(config, **settings)
+    engine = Engine(config)
+    base = weights(engine)
+    engine.set_loras([f"{lora}:0.5"])
+    changed = weights(engine)
+    assert same(changed, weights(Engine(replace(config, lora=(f"{lora}:0.5",)))))
+    own = [name for name in base if name.startswith(("vace_blocks.", "img_emb.")) or "img" in name]
+    kinds = {name.split(".", 2)[-1] for name in own if not torch.equal(base[name], changed[name])}
+    if config.task == "vace-1.3B":
+        assert {"self_attn.qkv.weight", "cross_attn.k.weight", "ffn.2.weight", "before_proj.weight", "modulation"} < kinds
+    else:
+        assert {"cross_attn.k_img.weight", "cross_attn.v_img.weight", "cross_attn.norm_k_img.weight", "1.weight"} < kinds
+    engine.set_loras([])
+    assert same(weights(engine), base)
 
 
 def test_a_merged_engine_is_that_of_merged_weights(loras, tmp_path):

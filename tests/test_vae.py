@@ -8,20 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import relative_error
+from models import random_vae, relative_error
 from recipe import recipe_tensor, recipe_weights, uniform
 from torch import Tensor
 from torch.nn import functional as F
 
+import wan_fast.vae as vae_module
 from bench import ROOT
 from bench.networks import random_model
 from wan_fast.checkpoint import locate, open_checkpoint
+from wan_fast.conditioning.image import grey_but_for
 from wan_fast.kernels import causal_conv3d, causal_conv3d_add, conv_weight
 from wan_fast.kernels._check import FLOATS
 from wan_fast.loading import load_model
 from wan_fast.manifest import VaeDims, vae_shapes
 from wan_fast.names import VAE21_NAMES, VAE22_NAMES, native_name
-from wan_fast.tasks import TASKS, VAES
+from wan_fast.tasks import ENCODER_REACH, TASKS, VAES
 from wan_fast.vae import Stream, WanVAE, patchify, unpatchify
 
 VERSIONS = ("2.1", "2.2")
@@ -425,3 +427,29 @@ def test_videos_of_other_shapes_are_refused():
     for lengths in ([5], [1, 3, 1], [3, 2], [1, 0, 4]):
         with pytest.raises(ValueError, match="in chunks of 1 frame and then of multiples of 4; this one, after"):
             vae.encode_stream(torch.zeros(3, 5, 32, 32).split(lengths, dim=1), 5)
+
+
+@pytest.mark.parametrize("version", VAES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grey_that_goes_on_is_not_encoded_again_and_the_latents_are_the_same(version, dtype, monkeypatch):
+    vae = random_vae(version).to(dtype)
+    first, last = (torch.rand(3, *(4 * side for side in vae.spec.stride[1:])) * 2 - 1 for _ in range(2))
+    for frames, known in ((1, {}), (5, {}), (33, {}), (33, {17: last}), (149, {148: last})):
+        chunks = list(grey_but_for({0: first, **known}, frames))
+        video = torch.cat(chunks, dim=1)
+        assert video.shape[1] == frames and video[:, 1:].count_nonzero() == sum(map(torch.count_nonzero, known.values()))
+        ran = []
+        level = vae.encoder._level
+        monkeypatch.setattr(vae.encoder, "_level", lambda n, *args, level=level, ran=ran: (ran.append(n), level(n, *args))[1])
+        latents = vae.encode_stream(chunks, frames)
+        monkeypatch.undo()
+        assert torch.equal(latents, vae.encode(video)) and latents.shape[1] == len(chunks)
+        if not known:
+            assert [ran.count(n) for n in range(4)] == [min(len(chunks), reach + 2) for reach in ENCODER_REACH]
+    # it is as much as can be left out
+    for n in range(4):
+        less = [reach - (n == i) for i, reach in enumerate(ENCODER_REACH)]
+        monkeypatch.setattr(vae_module, "ENCODER_REACH", less)
+        chunks = list(grey_but_for({0: first}, 149))
+        if dtype == torch.float32:
+            assert not torch.equal(vae.encode_stream(chunks, 149), vae.encode(torch.cat(chunks, dim=1))), n

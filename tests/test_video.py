@@ -161,21 +161,3 @@ def test_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     with pytest.raises(WanFastError, match="is a folder"):
         video.check_output(tmp_path / "folder.mp4", 9, False)
-
-
-@pytest.mark.parametrize("keep", [0, 30, 0.5])
-@pytest.mark.parametrize("suffix", [".png", ".jpg"])
-def test_broken_picture(tmp_path, keep, suffix):
-    file = tmp_path / f"x{suffix}"
-    Image.effect_noise((64, 64), 50).convert("RGB").save(file)
-    content = file.read_bytes()
-    file.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    with pytest.raises(WanFastError, match="cannot be read"):
-        video.image_size(file)
-
-
-def test_pictures_of_other_kinds_become_rgb(tmp_path):
-    for mode in ("L", "RGBA", "P", "CMYK", "I;16"):
-        file = tmp_path / f"{mode[0]}.{'tiff' if mode in ('CMYK', 'I;16') else 'png'}"
-        Image.new(mode, (8, 6)).save(file)
-        assert video.read_image(file).mode == "RGB" and video.image_size(file) == (8, 6)

@@ -45,20 +45,20 @@ def settle_forms(
     parts = dict(opened.experts) if opened else dict.fromkeys(config.spec.experts)
     forms, said = {}, {}
     for name, part in parts.items():
-        dims = manifest.DiTDims.of_shapes(part.shapes, part.config) if part else manifest.DiTDims.of_task(config.spec)
+        shapes = part.shapes if part else manifest.dit_shapes(manifest.DiTDims.of_task(config.spec))
         forms[name], why = schemes.settle(
             config.precision,
             config.scaling,
             config.keep_blocks,
             device.capability,
-            part.shapes if part else manifest.dit_shapes(dims),
+            shapes,
             part.stored_8bit if part else {},
             {weight: {kind: info.shape for kind, info in kinds.items()} for weight, kinds in part.scales.items()}
             if part
             else {},
             config.attention in ATTENTION_8BIT,
         )
-        how = schemes.described(forms[name], dims.num_layers) if forms[name] else dtype
+        how = schemes.described(forms[name], shapes) if forms[name] else dtype
         said[name] = f"{how} ({why})"
     if len({*said.values()}) == 1:
         return forms, next(iter(said.values()))

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from wan_fast.dit import Context, WanDiT, grid_of
+from wan_fast.blocks import Context
+from wan_fast.dit import Inputs, WanDiT, grid_of
 from wan_fast.steps import Step
 
 
@@ -22,6 +23,7 @@ class Branches:
         text: per branch, [S, text_dim].
         split: leading tokens at timestep 0, as in `WanDiT.forward`.
         device: where the latents are.
+        inputs: what the clip is conditioned on beside text.
         zero_star: the unconditional velocity is scaled to what is nearest to the conditional one (CFG-Zero*, arXiv 2503.18886).
     """
 
@@ -33,6 +35,7 @@ class Branches:
         split: int,
         device: torch.device,
         *,
+        inputs: Inputs | None = None,
         zero_star: bool = False,
     ) -> None:
         self.expert, self.split, self.device, self.zero_star = expert, split, device, zero_star
@@ -43,21 +46,22 @@ class Branches:
         self.high: Tensor | None = None
         self.timestep = torch.empty(1, 2 if split else 1, device=device)
         self.difference = torch.empty(2, device=device)
-        self.start(steps, text)
+        self.start(steps, text, inputs)
 
-    def start(self, steps: Sequence[Step], text: Mapping[str, Tensor]) -> None:
+    def start(self, steps: Sequence[Step], text: Mapping[str, Tensor], inputs: Inputs | None = None) -> None:
         """Begin another clip of the same shape, whose steps keep the same, in the same memory."""
-        self.text = text
+        self.text, self.inputs = text, inputs
         rows = [[0.0, step.timestep] if self.split else [step.timestep] for step in steps]
         self.timesteps = torch.tensor(rows, device=self.device)[:, None]  # [steps, 1, R]
         self.differences = torch.tensor([step.difference for step in steps], device=self.device)  # [steps, 2]
+        again: dict[str, Context] = {}
         for (expert, branch), context in self.contexts.items():
             if branch not in text:  # this clip has no such pass, a later one may
                 continue
-            again = self.expert(expert).prepare([text[branch]], context.grid)
-            for old, new in zip(context.keys_values, again.keys_values, strict=True):
-                for tensor, other in zip(old, new, strict=True):
-                    tensor.copy_(other)
+            model = self.expert(expert)
+            again[expert] = model.prepare([text[branch]], context.grid, inputs, like=again.get(expert))
+            for tensor, other in zip(context.tensors(), again[expert].tensors(), strict=True):
+                tensor.copy_(other)
 
     def load(self, step: Step) -> None:
         """Put a step's numbers to where `velocities` reads them."""
@@ -94,12 +98,19 @@ class Branches:
             return torch.zeros_like(latents)
         model = self.expert(step.expert)
         if how == "reuse":
-            return model.resume(latents[None], self.timestep, self.residuals[branch], split=self.split)[0]
-        if (step.expert, branch) not in self.contexts:
-            self.contexts[step.expert, branch] = model.prepare([self.text[branch]], grid_of(latents.shape))
+            before, channels = self.residuals[branch], self.context(model, step.expert, branch, latents).channels
+            return model.resume(latents[None], self.timestep, before, channels=channels, split=self.split)[0]
+        context, in_8_bits = self.context(model, step.expert, branch, latents), step.attention == "8-bit"
         residual = self._residual(model, latents, branch) if self.keeps[branch] else None
-        context, in_8_bits = self.contexts[step.expert, branch], step.attention == "8-bit"
         return model(latents[None], self.timestep, context, split=self.split, in_8_bits=in_8_bits, residual=residual)[0]
+
+    def context(self, model: WanDiT, expert: str, branch: str, latents: Tensor) -> Context:
+        """What an expert makes of the conditioning: of all but the text once for both branches."""
+        if (expert, branch) not in self.contexts:
+            like = next((context for (other, _), context in self.contexts.items() if other == expert), None)
+            prepared = model.prepare([self.text[branch]], grid_of(latents.shape), self.inputs, like=like)
+            self.contexts[expert, branch] = prepared
+        return self.contexts[expert, branch]
 
     def _residual(self, model: WanDiT, latents: Tensor, branch: str) -> Tensor:
         """Where the residual of a branch is kept: one tensor for all steps."""

@@ -89,10 +89,11 @@ class Recorder(Branches):
         for n, (source, _) in enumerate(self.before["conditional"]):
             if source.expert != step.expert:
                 continue
-            found = [
-                model.resume(latents[None], timestep, self.before[branch][n][1].to(latents.device), split=self.split)[0]
-                for branch in (BRANCHES if exact[1] is not None else BRANCHES[:1])
-            ]
+            found = []
+            for branch in BRANCHES if exact[1] is not None else BRANCHES[:1]:
+                residual = self.before[branch][n][1].to(latents.device)
+                channels = self.context(model, step.expert, branch, latents).channels
+                found.append(model.resume(latents[None], timestep, residual, channels=channels, split=self.split)[0])
             error = guided(step, found[0], found[1] if len(found) > 1 else None) - wanted
             self.record.errors[source.index, step.index] += error.square().mean().sqrt().item()
 

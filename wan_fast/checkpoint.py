@@ -2,15 +2,14 @@
 
 Two layouts, told apart by content. Native: config.json and diffusion_pytorch_model*.safetensors at the top (A14B: in
 high_noise_model/ and low_noise_model/), Wan2.x_VAE.pth, models_t5_*.pth, google/umt5-xxl/. Diffusers: model_index.json
-and a folder per part. Where a DiT or a text encoder is not under its usual name, the one file that holds such a model is
-taken. `open_checkpoint` needs neither torch nor a GPU and reads no weight.
+and a folder per part. Where a model is not under its usual name, the one file that holds such a model is taken. A model may
+also be a file anywhere: `open_part`. Nothing here needs torch or a GPU, or reads a weight.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
@@ -18,10 +17,26 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wan_fast import dialects, manifest
+from wan_fast import manifest
 from wan_fast.config import Request, WanFastError
-from wan_fast.headers import TensorInfo, read_header
-from wan_fast.names import VAE21_NAMES, VAE22_NAMES, Rules, native_name, rules_for
+from wan_fast.dialects import TOKENIZER
+from wan_fast.headers import TensorInfo
+from wan_fast.parts import (
+    UMT5,
+    files_of,
+    find_model,
+    image_encoder_in,
+    looks,
+    model_in,
+    open_dit,
+    open_part,
+    part_in,
+    part_of,
+    read_json,
+    read_tokenizer,
+    text_encoder_in,
+    tokenizer_of,
+)
 from wan_fast.tasks import TASKS, VAES, TaskSpec
 from wan_fast.weights import Packed, Part, read_tensors
 
@@ -33,21 +48,30 @@ __all__ = [
     "check",
     "check_tensors",
     "describe",
+    "describe_file",
     "kind_of",
     "locate",
     "open_checkpoint",
     "open_dit",
+    "open_part",
     "read_tensors",
+    "read_tokenizer",
     "tasks_of",
+    "tokenizer_of",
 ]
+
+# of a DiT's experts; in the Diffusers layout these have names of their own
+_EXPERTS = ("model", "high_noise", "low_noise")
+_DIFFUSERS = {"model": "transformer", "high_noise": "transformer", "low_noise": "transformer_2"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Everything known of a checkpoint without reading a weight.
 
-    `experts` maps "model", or "high_noise" and "low_noise", to a DiT; `defaults` are the sampling settings the
-    checkpoint brings along in generation_config.json, `note` its one line about itself.
+    `experts` maps "model", or "high_noise" and "low_noise", to a DiT; `tokenizer` is the folder of a tokenizer.json, or the
+    text encoder's file where that holds one; `defaults` are the sampling settings the checkpoint brings along in
+    generation_config.json, `note` its one line about itself.
     """
 
     path: Path
@@ -56,13 +80,14 @@ class Checkpoint:
     vae: Part | None
     text_encoder: Part | None
     tokenizer: Path | None
+    image_encoder: Part | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors as stored."""
-        parts = (*self.experts.values(), self.vae, self.text_encoder)
+        parts = (*self.experts.values(), self.vae, self.text_encoder, self.image_encoder)
         return sum(part.num_bytes for part in parts if part is not None)
 
 
@@ -84,19 +109,20 @@ def locate(name: str | None, spec: TaskSpec, *, download: bool = True) -> Path |
         folder = Path(name).expanduser()
         if not folder.is_dir():
             what = "is a file, not a folder" if folder.exists() else "does not exist"
-            raise WanFastError(f"checkpoint folder {name!r} {what}; give a folder, a hub id such as {spec.hub_id}, or tiny")
+            give = "give a file as --dit, --vae, --text_encoder or --image_encoder" if folder.exists() else "give a folder"
+            raise WanFastError(f"checkpoint folder {name!r} {what}; {give}, a hub id such as {spec.hub_id}, or tiny")
         return folder
-    return _from_hub(name or spec.hub_id, download)
+    return _from_hub(name or spec.hub_id, download, with_image=spec.image_tokens > 0)
 
 
-def _from_hub(repo: str, download: bool) -> Path | None:
+def _from_hub(repo: str, download: bool, *, with_image: bool) -> Path | None:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.pth", "google/*", "*spiece.model"]
     try:
         cached = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
         opened = open_checkpoint(cached)
-        if opened.vae and opened.text_encoder and opened.tokenizer:
+        if opened.vae and opened.text_encoder and opened.tokenizer and (opened.image_encoder or not with_image):
             return cached
     except (OSError, ValueError):
         pass  # not in the cache, or a download that stopped half-way
@@ -112,17 +138,25 @@ def _from_hub(repo: str, download: bool) -> Path | None:
         ) from error
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, less: Collection[str] = ()) -> Checkpoint:
     """Describe the checkpoint in a folder from its headers.
+
+    Args:
+        path: the folder.
+        less: what not to look for: experts, "vae", "text_encoder", "image_encoder".
 
     Raises:
         WanFastError: the folder is not a Wan checkpoint, or a file of it is missing, truncated or unsafe.
     """
     if (path / "model_index.json").is_file():
-        return _open_diffusers(path)
+        return _open_diffusers(path, less)
     known = [path / name for name in ("config.json", "high_noise_model", "low_noise_model")]
-    if any(file.exists() for file in known) or _find(path, "DiT"):
-        return _open_native(path)
+    if set(_EXPERTS) <= set(less):
+        opened = _open_native(path, less)
+        if opened.vae or opened.text_encoder or opened.image_encoder or opened.tokenizer:
+            return opened
+    elif any(file.exists() for file in known) or find_model(path, "DiT"):
+        return _open_native(path, less)
     seen = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
     raise WanFastError(
         f"{str(path)!r} holds no Wan checkpoint: neither model_index.json nor config.json (it holds: {seen}); "
@@ -130,47 +164,120 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def check(checkpoint: Checkpoint, spec: TaskSpec) -> None:
+def check(checkpoint: Checkpoint, spec: TaskSpec, *, whole: bool = True) -> None:
     """Hold a checkpoint against the task it is to serve: kind, parts, and every tensor's name and shape.
+
+    Args:
+        checkpoint: what is there, from file headers.
+        spec: the task.
+        whole: no part may be missing.
 
     Raises:
         WanFastError: they disagree, or tensors are missing, surplus or of a wrong shape.
     """
-    fits = tasks_of(checkpoint)
-    if spec.name not in fits:
-        what = f"fits {' '.join(fits)}" if fits else "fits no task of this version"
-        raise WanFastError(
-            f"task {spec.name} does not fit the checkpoint {str(checkpoint.path)!r}, which {what} ({kind_of(checkpoint)}); "
-            "change --task or --ckpt_dir"
-        )
+    if whole or len(checkpoint.experts) == len(spec.experts):
+        _check_kind(checkpoint, spec)
     for name, part in checkpoint.experts.items():
-        check_tensors(part, manifest.dit_shapes(_dims(part)), "DiT" if name == "model" else f"{name} DiT")
-    if checkpoint.vae is None or checkpoint.text_encoder is None or checkpoint.tokenizer is None:
-        missing = [n for n in ("vae", "text_encoder", "tokenizer") if getattr(checkpoint, n) is None]
-        want = {
-            "vae": spec.vae_spec.file if checkpoint.layout == "native" else "vae/",
-            "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth" if checkpoint.layout == "native" else "text_encoder/",
-            "tokenizer": "google/umt5-xxl/tokenizer.json" if checkpoint.layout == "native" else "tokenizer/tokenizer.json",
-        }
-        raise WanFastError(f"checkpoint {str(checkpoint.path)!r} has no {want[missing[0]]}; download the whole repository")
-    with _described(checkpoint.vae):
-        vae_dims = manifest.VaeDims.of_shapes(checkpoint.vae.shapes)
-    if vae_dims.version != spec.vae or vae_dims.channels != spec.vae_spec.channels:
+        with _described(part):
+            dims = _dims(part)
+        check_tensors(part, manifest.dit_shapes(dims), "DiT" if name == "model" else f"{name} DiT")
+    if whole:
+        _check_whole(checkpoint, spec)
+    if checkpoint.vae is not None:
+        _check_vae(checkpoint.vae, spec)
+    if checkpoint.text_encoder is not None:
+        _check_text_encoder(checkpoint.text_encoder, checkpoint)
+    if checkpoint.image_encoder is not None and spec.image_tokens:
+        _check_image_encoder(checkpoint.image_encoder, checkpoint, spec)
+    if checkpoint.tokenizer is not None and checkpoint.tokenizer.is_file() and find_spec("sentencepiece") is None:
         raise WanFastError(
-            f"task {spec.name} needs the Wan {spec.vae} VAE, {str(checkpoint.vae.path)!r} is a {vae_dims.version} one with "
-            f"{vae_dims.channels} channels; take the file that came with the model"
+            f"the tokenizer in {str(checkpoint.tokenizer)!r} needs the package sentencepiece, which is not installed; "
+            "pip install 'wan-fast[sentencepiece]'"
         )
-    check_tensors(checkpoint.vae, manifest.vae_shapes(vae_dims), "VAE")
-    with _described(checkpoint.text_encoder):
-        text = manifest.text_shapes_like(checkpoint.text_encoder.shapes, checkpoint.text_encoder.config)
-    check_tensors(checkpoint.text_encoder, text, "text encoder")
-    width = text["token_embedding.weight"][1]
-    for part in checkpoint.experts.values():
-        if _dims(part).text_dim != width:
+
+
+def _check_kind(checkpoint: Checkpoint, spec: TaskSpec) -> None:
+    fits = tasks_of(checkpoint)
+    if spec.name in fits:
+        return
+    what = f"fits {' '.join(fits)}" if fits else "fits no task of this version"
+    where, first = checkpoint.path, next(iter(checkpoint.experts.values())).path
+    raise WanFastError(
+        f"task {spec.name} does not fit the checkpoint {str(where if first.is_relative_to(where) else first)!r}, which {what} "
+        f"({kind_of(checkpoint)}); change --task, --ckpt_dir or --dit"
+    )
+
+
+def _check_whole(checkpoint: Checkpoint, spec: TaskSpec) -> None:
+    native, where = checkpoint.layout == "native", str(checkpoint.path)
+    # part -> what it is called in the folder
+    want = {
+        "vae": spec.vae_spec.file if native else "vae/",
+        "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth" if native else "text_encoder/",
+        "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth" if native else "image_encoder/",
+    }
+    if not spec.image_tokens:
+        del want["image_encoder"]
+    for name, called in want.items():
+        if getattr(checkpoint, name) is None:
+            raise WanFastError(f"checkpoint {where!r} has no {called}; download the whole repository, or give --{name} FILE")
+    text = checkpoint.text_encoder
+    if checkpoint.tokenizer is None and text is not None and not text.path.is_relative_to(checkpoint.path):
+        raise WanFastError(
+            f"text encoder {str(text.path)!r} comes without a tokenizer; give --ckpt_dir a folder with {UMT5}/tokenizer.json, "
+            f"or take a .safetensors file that holds the tensor {TOKENIZER}"
+        )
+    if checkpoint.tokenizer is None:
+        called = f"{UMT5 if native else 'tokenizer'}/tokenizer.json"
+        raise WanFastError(f"checkpoint {where!r} has no {called}; download the whole repository")
+
+
+def _check_vae(part: Part, spec: TaskSpec) -> None:
+    with _described(part):
+        dims = manifest.VaeDims.of_shapes(part.shapes)
+    if dims.version != spec.vae or dims.channels != spec.vae_spec.channels:
+        raise WanFastError(
+            f"task {spec.name} needs the Wan {spec.vae} VAE, {str(part.path)!r} is a {dims.version} one with "
+            f"{dims.channels} channels; take the file that came with the model"
+        )
+    check_tensors(part, manifest.vae_shapes(dims), "VAE")
+
+
+def _check_text_encoder(part: Part, checkpoint: Checkpoint) -> None:
+    with _described(part):
+        shapes = manifest.text_shapes_like(part.shapes, part.config)
+    check_tensors(part, shapes, "text encoder")
+    width = shapes["token_embedding.weight"][1]
+    for expert in checkpoint.experts.values():
+        if _dims(expert).text_dim != width:
             raise WanFastError(
-                f"text encoder {str(checkpoint.text_encoder.path)!r} is {width} wide, the DiT takes {_dims(part).text_dim}; "
+                f"text encoder {str(part.path)!r} is {width} wide, the DiT takes {_dims(expert).text_dim}; "
                 "take the parts of one model"
             )
+
+
+def _check_image_encoder(part: Part, checkpoint: Checkpoint, spec: TaskSpec) -> None:
+    with _described(part):
+        clip = manifest.ClipDims.of_shapes(part.shapes)
+    check_tensors(part, manifest.clip_shapes(clip, joint=_joint(part)), "image encoder")
+    for expert in checkpoint.experts.values():
+        dims = _dims(expert)
+        if dims.image_dim != clip.dim:
+            raise WanFastError(
+                f"image encoder {str(part.path)!r} is {clip.dim} wide, the DiT takes {dims.image_dim}; "
+                "take the parts of one model"
+            )
+        pictures = 2 if spec.kind == "first_last" else 1
+        if dims.image_positions not in (0, pictures * clip.tokens):
+            raise WanFastError(
+                f"image encoder {str(part.path)!r} makes {clip.tokens} tokens of a picture, the DiT has {dims.image_positions} "
+                f"positions for {pictures}; take the parts of one model"
+            )
+
+
+def _joint(part: Part) -> bool:
+    """Whether q, k and v of an image encoder are one tensor."""
+    return any(".to_qkv." in name for name in part.tensors)
 
 
 def check_tensors(part: Part, expected: manifest.Shapes, what: str) -> None:
@@ -243,7 +350,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `wan-fast inspect` tells: layout, fitting tasks, and per part sizes, dtypes, and tensors missing or surplus."""
     parts: dict[str, Any] = {}
     named = {("DiT" if n == "model" else f"DiT {n}"): p for n, p in checkpoint.experts.items()}
-    for name, part in {**named, "VAE": checkpoint.vae, "text encoder": checkpoint.text_encoder}.items():
+    others = {"VAE": checkpoint.vae, "text encoder": checkpoint.text_encoder}
+    if checkpoint.image_encoder or any(_dims(part).image_dim for part in checkpoint.experts.values()):
+        others["image encoder"] = checkpoint.image_encoder
+    for name, part in {**named, **others}.items():
         parts[name] = {"missing": "the whole part"} if part is None else _describe_part(name, part)
     return {
         "checkpoint": str(checkpoint.path),
@@ -254,6 +364,31 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "note": checkpoint.note or "none",
         "parts": parts,
     }
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """What `wan-fast inspect` tells of a single file.
+
+    Raises:
+        WanFastError: it holds no model that this version knows.
+    """
+    what = model_in([path])
+    if what is None or what == "LoRA":
+        raise WanFastError(f"{str(path)!r} {looks([path], what)}")
+    part = open_part(path, what)
+    if what == "VAE":
+        with _described(part):
+            version = manifest.VaeDims.of_shapes(part.shapes).version
+        fits = [name for name, spec in TASKS.items() if spec.vae == version]
+    elif what == "DiT":
+        kind = f"{_branch(part)} DiT {_channels(part)}"
+        fits = [name for name, spec in TASKS.items() if _kind(spec).partition(",")[0] == kind]
+    else:
+        fits = [name for name, spec in TASKS.items() if spec.image_tokens or what == "text encoder"]
+    told: dict[str, Any] = {"file": str(path), "kind": what, "fits": fits or ["no task of this version"]}
+    if what == "text encoder":
+        told["tokenizer"] = str(tokenizer_of(part) or "missing")
+    return {**told, "parts": {what: _describe_part(what, part)}}
 
 
 def _describe_part(name: str, part: Part) -> dict[str, Any]:
@@ -271,10 +406,13 @@ def _describe_part(name: str, part: Part) -> dict[str, Any]:
         elif name == "text encoder":
             expected = manifest.text_shapes_like(part.shapes, part.config)
             dims = {"dim": expected["token_embedding.weight"][1], "vocab": expected["token_embedding.weight"][0]}
+        elif name == "image encoder":
+            dims = manifest.ClipDims.of_shapes(part.shapes)
+            expected = manifest.clip_shapes(dims, joint=_joint(part))
         else:
             dims = _dims(part)
             expected = manifest.dit_shapes(dims)
-            if _branch(part) != "plain":
+            if _branch(part) in ("speech", "animate"):
                 about["checked"] = f"no: this version has no table of the {_branch(part)} model's tensors"
                 expected = dict(part.shapes)
     sizes = dims if isinstance(dims, dict) else asdict(dims)
@@ -302,160 +440,66 @@ def _described(part: Part) -> Iterator[None]:
 # --- layouts --------------------------------------------------------------------------------------------------------
 
 
-def _open_native(path: Path) -> Checkpoint:
+def _open_native(path: Path, less: Collection[str]) -> Checkpoint:
     folders = {name: path / f"{name}_model" for name in ("high_noise", "low_noise")}
     if (path / "config.json").is_file() or not any(folder.is_dir() for folder in folders.values()):
         folders = {"model": path}
+    folders = {name: folder for name, folder in folders.items() if name not in less}
     for folder in folders.values():
         if not folder.is_dir():
             raise WanFastError(f"checkpoint {str(path)!r} has one expert but no {folder.name}/; download the whole repository")
     experts = {name: open_dit(folder) for name, folder in folders.items()}
-    vae = next((path / spec.file for spec in VAES.values() if (path / spec.file).is_file()), None)
-    text = next(iter(sorted(path.glob("models_t5_*.pth"))), None) or _find(path, "text encoder")
-    tokenizer = path / "google" / "umt5-xxl"
+    vae = text = image = None
+    if "vae" not in less:
+        usual = (path / spec.file for spec in VAES.values())
+        vae = next((file for file in usual if file.is_file()), None) or find_model(path, "VAE")
+    if "text_encoder" not in less:
+        text = next(iter(sorted(path.glob("models_t5_*.pth"))), None) or find_model(path, "text encoder")
+    if "image_encoder" not in less:
+        image = next(iter(sorted(path.glob("models_clip_*.pth"))), None) or find_model(path, "image encoder")
+    encoder = part_of([text], text, {}) if text else None if "text_encoder" in less else text_encoder_in(path / "text_encoder")
+    tokenizer = path / UMT5 if (path / UMT5 / "tokenizer.json").is_file() else None
     return Checkpoint(
         path=path,
         layout="native",
         experts=experts,
-        vae=_part([vae], vae, {}, {}) if vae else None,
-        text_encoder=_part([text], text, {}) if text else _text_encoder(path / "text_encoder"),
-        tokenizer=tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
+        vae=part_of([vae], vae, {}) if vae else None,
+        text_encoder=encoder,
+        image_encoder=image_encoder_in([image], image) if image else None,
+        tokenizer=tokenizer or (tokenizer_of(encoder) if encoder else None),
         **_generation_config(path),
     )
 
 
-def _open_diffusers(path: Path) -> Checkpoint:
-    index = _json(path / "model_index.json")
+def _open_diffusers(path: Path, less: Collection[str]) -> Checkpoint:
+    index = read_json(path / "model_index.json")
     second = index.get("transformer_2")
     two = isinstance(second, list) and second[:1] not in ([], [None])
-    folders = {"high_noise": "transformer", "low_noise": "transformer_2"} if two else {"model": "transformer"}
+    experts = [name for name in (_EXPERTS[1:] if two else _EXPERTS[:1]) if name not in less]
+    folders = {name: _DIFFUSERS[name] for name in experts}
     for folder in folders.values():
         if not (path / folder).is_dir():
             raise WanFastError(f"checkpoint {str(path)!r} has no {folder}/, which its model_index.json names; download it")
-    vae, tokenizer = path / "vae", path / "tokenizer"
-    vae_part = None
-    if vae.is_dir():
-        config = _json(vae / "config.json")
-        names = VAE22_NAMES if config.get("is_residual", False) else VAE21_NAMES
-        vae_part = _part(_files_of(vae, "diffusion_pytorch_model"), vae, config, names)
+    vae, tokenizer, image = path / "vae", path / "tokenizer", path / "image_encoder"
+    has_vae, has_image = vae.is_dir() and "vae" not in less, image.is_dir() and "image_encoder" not in less
+    encoder = None if "text_encoder" in less else text_encoder_in(path / "text_encoder")
     return Checkpoint(
         path=path,
         layout="diffusers",
         experts={name: open_dit(path / folder) for name, folder in folders.items()},
-        vae=vae_part,
-        text_encoder=_text_encoder(path / "text_encoder"),
-        tokenizer=tokenizer if (tokenizer / "tokenizer.json").is_file() else None,
+        vae=part_in(vae, "diffusion_pytorch_model", "VAE") if has_vae else None,
+        text_encoder=encoder,
+        image_encoder=image_encoder_in(files_of(image, "model", "image encoder"), image) if has_image else None,
+        tokenizer=tokenizer if (tokenizer / "tokenizer.json").is_file() else tokenizer_of(encoder) if encoder else None,
         **_generation_config(path),
     )
-
-
-def open_dit(folder: Path) -> Part:
-    """One transformer in a folder of its own, in either layout and any dialect."""
-    return _transformer(folder, "diffusion_pytorch_model", "DiT")
-
-
-def _text_encoder(folder: Path) -> Part | None:
-    return _transformer(folder, "model", "text encoder") if folder.is_dir() else None
-
-
-def _transformer(folder: Path, stem: str, what: str) -> Part:
-    found, config = _files_of(folder, stem, what), folder / "config.json"
-    # a file of another name may come without a config: the sizes are then those of its tensors
-    required = found[0].name.startswith(stem)
-    return _part(found, folder, _json(config) if required or config.is_file() else {}, computes=what == "DiT")
 
 
 def _generation_config(path: Path) -> dict[str, Any]:
     if not (path / "generation_config.json").is_file():
         return {}
-    config = _json(path / "generation_config.json")
+    config = read_json(path / "generation_config.json")
     note = config.pop("note", "")
     # files of this name exist for other purposes: only what a request has is taken
     known = {f.name for f in fields(Request)}
     return {"defaults": {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}, "note": note}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WanFastError(f"{str(path)!r} does not exist; download the whole repository") from None
-    except (OSError, ValueError) as error:
-        raise WanFastError(f"{str(path)!r} cannot be read as JSON ({error}); download it again") from error
-    if not isinstance(content, dict):
-        raise WanFastError(f"{str(path)!r} holds no JSON object; download it again")
-    return content
-
-
-def _files_of(folder: Path, stem: str, what: str | None = None) -> list[Path]:
-    """`stem`.safetensors, or the shards its index lists, or the one other file with such a model: "DiT", "text encoder"."""
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        weight_map = _json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise WanFastError(f"{str(index)!r} has no weight_map from tensors to files; download it again")
-        shards = [folder / name for name in sorted(set(weight_map.values()))]
-        for shard in shards:
-            if not shard.is_file():
-                raise WanFastError(f"shard {shard.name} of {len(shards)} is missing from {str(folder)!r}; download it")
-        return shards
-    if what and (other := _find(folder, what)):
-        return [other]
-    instead = f", nor another file with a {what}" if what else ""
-    raise WanFastError(f"{str(folder)!r} holds neither {single.name} nor {index.name}{instead}; download the whole repository")
-
-
-# a tensor that only such a model has
-_SIGNS = {"DiT": "blocks.0.self_attn.q.", "text encoder": "blocks.0.attn.q."}
-
-
-def _find(folder: Path, what: str) -> Path | None:
-    """The one file in a folder that holds such a model, whatever it is called.
-
-    Raises:
-        WanFastError: there are several, or none and one that cannot be read.
-    """
-    found, unreadable = [], None
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix in (".safetensors", ".gguf", ".pth") and file.is_file():
-            try:
-                stored = read_header(file).tensors
-            except WanFastError as error:
-                unreadable = unreadable or error
-                continue
-            prefix = dialects.prefix_of(stored)
-            names = [name.removeprefix(prefix) for name in stored]
-            rules = rules_for(names)
-            if any((native_name(name, rules) or "").startswith(_SIGNS[what]) for name in names):
-                found.append(file)
-    if len(found) > 1:
-        raise WanFastError(
-            f"{str(folder)!r} holds several files with a {what}: {', '.join(file.name for file in found)}; keep one"
-            + (", or the two of an A14B model in high_noise_model/ and low_noise_model/" if what == "DiT" else "")
-        )
-    if not found and unreadable is not None and what == "DiT":
-        raise unreadable
-    return found[0] if found else None
-
-
-def _part(
-    found: Sequence[Path], path: Path, config: Mapping[str, Any], names: Rules | None = None, *, computes: bool = False
-) -> Part:
-    """The model in these files; `names` maps stored to native names, None: told from them; `computes`: in 8 bits if it can."""
-    stored: list[TensorInfo] = []
-    texts: dict[str, str] = {}
-    for file in found:
-        if file.suffix == ".gguf" and find_spec("gguf") is None:
-            raise WanFastError(f"{str(file)!r} needs the package gguf, which is not installed; pip install 'wan-fast[gguf]'")
-        header = read_header(file)
-        texts |= header.texts
-        stored += [
-            TensorInfo(name, name, shape, dtype, file)
-            for name, (dtype, shape) in header.tensors.items()
-            if name not in header.unscaled
-        ]
-    contents = dialects.split(stored, texts, config, names)
-    stored_8bit = contents.stored_8bit if computes else {}
-    return Part(path, config, contents.tensors, contents.dialect, contents.scales, stored_8bit)

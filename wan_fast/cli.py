@@ -11,14 +11,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import wan_fast
-from wan_fast.config import EngineConfig, Output, Request, WanFastError, with_seed
+from wan_fast import processes
+from wan_fast.config import INPUTS, EngineConfig, Output, Request, WanFastError, with_seed
+from wan_fast.examples import example
 from wan_fast.flags import Parser, add_not_yet, add_options, build, refuse_not_yet
+from wan_fast.prompt_extension import PromptExtension, extend
 from wan_fast.steps import LETTERS
 from wan_fast.tasks import TASKS
 
@@ -39,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _command(words)(words[1:])
     except WanFastError as error:
         line = " ".join(str(error).split())
-        print(f"wan-fast: error: {line}", file=sys.stderr)
+        if processes.speaks():
+            print(f"wan-fast: error: {line}", file=sys.stderr)
+        else:
+            processes.let_the_first_speak()
         return 2
     except BrokenPipeError:  # the reader of our output, `head` say, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -92,29 +99,65 @@ def _parser(name: str, epilog: str = "") -> Parser:
 
 def _run_parser(name: str) -> Parser:
     parser = _parser(name, f"Example: {_EXAMPLE}")
-    for cls in (EngineConfig, Request, Output):
+    for cls in (EngineConfig, Request, PromptExtension, Output):
         add_options(parser, cls)
     add_not_yet(parser)
     return parser
 
 
-def _options(parsed: argparse.Namespace) -> tuple[EngineConfig, Request, Output]:
+def _options(parsed: argparse.Namespace) -> tuple[EngineConfig, Request, PromptExtension, Output]:
     config = build(EngineConfig, parsed)
+    processes.check(config)
     refuse_not_yet(parsed)
-    return config, with_seed(build(Request, parsed)), build(Output, parsed)
+    request = build(Request, parsed)
+    if _nothing_asked(parsed):
+        request = replace(request, **example(config.spec))
+    return config, with_seed(request), build(PromptExtension, parsed), build(Output, parsed)
+
+
+def _planned(config: EngineConfig, request: Request, extension: PromptExtension, on: str | None = None) -> Plan:
+    """The plan; a prompt that is still to be written may be empty."""
+    if extension.use_prompt_extend and not (request.prompt or "").strip() and _pictures(request):
+        request = replace(request, prompt="to be written")
+    return wan_fast.plan(config, request, on=on)
+
+
+def _pictures(request: Request) -> list[Path]:
+    """What a language model that extends the prompt is shown."""
+    return [Path(file) for name in ("image", "first_frame", "last_frame") for file in request.given(name)]
+
+
+def _extended(config: EngineConfig, request: Request, extension: PromptExtension) -> Request:
+    if not extension.use_prompt_extend:
+        return request
+    from wan_fast.media import read_image
+
+    print("extending   the prompt", flush=True)
+    pictures = [read_image(file) for file in _pictures(request)]
+    assert request.seed is not None
+    extended = extend(extension, request.prompt, pictures, seed=request.seed, device=config.device)
+    print(f"warning     {extended.note}" if extended.note else f"prompt      {extended.prompt}", flush=True)
+    return replace(request, prompt=extended.prompt)
+
+
+def _nothing_asked(parsed: argparse.Namespace) -> bool:
+    """Whether no prompt, not even an empty one, and no picture or video is given; the official code has an example then."""
+    return not any(hasattr(parsed, name) for name in ("prompt", *INPUTS))
 
 
 def _run(words: Sequence[str]) -> int:
     parser = _run_parser("run")
-    config, request, output = _options(parser.parse_args(words))
+    parsed = parser.parse_args(words)
+    config, request, extension, output = _options(parsed)
     _check_folders(output)
     if output.profile:  # else torch's profiler reports its own comings and goings; read when torch is imported
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    todo = wan_fast.plan(config, request)
+    todo = _planned(config, request, extension)
     target = _check_outputs(output, todo)
-    _say_plan(todo)
+    _say_plan(todo, is_example=_nothing_asked(parsed))
     _say_attention(todo)
     _say_schedule(todo)
+    request = _extended(config, request, extension)
     print("starting    PyTorch and transformers", flush=True)
 
     from safetensors.torch import save_file
@@ -207,15 +250,15 @@ def _plan(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="for machines")
     parser.add_argument("--on", metavar="GPU", help="plan for this card, which need not be here: h200, h100, 5090, 4090, ...")
     parsed = parser.parse_args(words)
-    config, request, output = _options(parsed)
+    config, request, extension, output = _options(parsed)
     if parsed.on is not None and config.device != "auto":
         raise WanFastError(f"--on {parsed.on} and --device {config.device} name two devices; give one of them")
-    todo = wan_fast.plan(config, request, on=parsed.on)
+    todo = _planned(config, request, extension, parsed.on)
     _check_outputs(output, todo)
     if parsed.json:
         print(json.dumps(todo.to_dict(), indent=1, ensure_ascii=False, default=str))
         return 0
-    _say_plan(todo)
+    _say_plan(todo, is_example=_nothing_asked(parsed))
     _say_attention(todo)
     _say_schedule(todo, always=True)
     memory = todo.memory
@@ -248,16 +291,21 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _say_plan(todo: Plan) -> None:
+def _say_plan(todo: Plan, *, is_example: bool) -> None:
     """The few lines a person wants to see before it starts."""
     config, request, opened = todo.config, todo.request, todo.checkpoint
+    if is_example:
+        shown = " ".join(Path(path).name for name in INPUTS for path in request.given(name))
+        print(f"example     nothing was asked for, so the task's own: {shown}{': ' * bool(shown)}{request.prompt}")
     if opened is None:
         print(f"checkpoint  {config.checkpoint or config.spec.hub_id}, to be downloaded; planned with the released sizes")
-    else:
+    elif not config.parts:
         dtypes = next(iter(opened.experts.values())).dtypes
         print(f"checkpoint  {opened.path} ({opened.layout}, {dtypes})")
         if opened.note:
             print(f"note        {opened.note}")
+    if config.parts:
+        _say_parts(todo)
     print(f"device      {todo.device.name}: {todo.device.model}, {todo.dtype}, {_gib(todo.memory.budget)} to use")
     scale = ",".join(f"{value:g}" for value in dict.fromkeys(request.guidance_scale))
     print(
@@ -275,6 +323,21 @@ def _say_plan(todo: Plan) -> None:
     print(f"plan        {todo.tokens:,} tokens, peak {_gib(todo.memory.peak[worst])} in {worst}, {placing}")
     for warning in todo.warnings:
         print(f"warning     {warning}")
+
+
+def _say_parts(todo: Plan) -> None:
+    """Which file each model comes from; where the checkpoint is not here yet, of those given by themselves."""
+    opened, parts = todo.checkpoint, dict[str, Any](todo.config.parts)
+    if opened is not None:
+        others = {name: getattr(opened, name) for name in ("vae", "text_encoder", "image_encoder", "tokenizer")}
+        if not todo.config.spec.image_tokens:
+            del others["image_encoder"]
+        parts = {**opened.experts, **others}
+    names = {"model": "DiT", "high_noise": "DiT high", "low_noise": "DiT low", "vae": "VAE"}
+    names |= {"text_encoder": "text", "image_encoder": "image"}
+    for name, part in parts.items():
+        told = part if isinstance(part, (str, Path)) else f"{part.path} ({part.dtypes})"
+        print(f"{names.get(name, name):11s} {told}")
 
 
 _WORDS = {"#": "computed", ".": "reused", "~": "reconstructed", "0": "predicts nothing", "-": "none"}
@@ -338,7 +401,7 @@ def _check_folders(output: Output) -> None:
 
 def _download(config: EngineConfig) -> None:
     """Fetch the weights. The hub's threads outlive a KeyboardInterrupt until their files end, so Ctrl-C leaves at once."""
-    from wan_fast import checkpoint as checkpoints
+    from wan_fast.single_files import located
 
     def leave(*_: object) -> None:
         os.write(2, b"\nwan-fast: interrupted; the next run goes on with the download\n")
@@ -346,7 +409,7 @@ def _download(config: EngineConfig) -> None:
 
     before = signal.signal(signal.SIGINT, leave)
     try:
-        checkpoints.locate(config.checkpoint, config.spec)
+        located(config)
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -398,7 +461,8 @@ def _quantize(words: Sequence[str]) -> int:
     print(f"size        {_size(written.bytes_before)} before, {_size(written.bytes_after)} now")
     if not TASKS[written.task].wired:
         print(f"note        this version cannot run {written.task} yet")
-    print(f'next        wan-fast run --task {written.task} --ckpt_dir {shlex.quote(str(written.path))} --prompt "..."')
+    inputs = "".join(f" --{name} FILE" for name in sorted(TASKS[written.task].needs - {"prompt"}))
+    print(f'next        wan-fast run --task {written.task} --ckpt_dir {shlex.quote(str(written.path))}{inputs} --prompt "..."')
     print(written.path)
     return 0
 
@@ -411,10 +475,12 @@ def _calibrate(words: Sequence[str]) -> int:
     parser.add_argument("checkpoint", metavar="CKPT", help="folder, hub id, or tiny")
     parser.add_argument("--task", default=None, metavar="TASK", help="task of the checkpoint; default: the first that it fits")
     caches = ("quality", "step_cache", "cfg_cache", "cfg_zero", "calibration", "cuda_graphs")
+    parts = ("dit", "vae", "text_encoder", "image_encoder")
+    several = ("ulysses_size", "ring_size", "t5_fsdp", "dit_fsdp")
     from wan_fast.recording import Recording
 
     add_options(parser, Recording)
-    add_options(parser, EngineConfig, less=("task", "checkpoint", *caches))
+    add_options(parser, EngineConfig, less=("task", "checkpoint", *parts, *caches, *several))
     add_options(parser, Request, less=("prompt", "seed", "noise"))
     parsed = parser.parse_args(words)
     recording = build(Recording, parsed)
@@ -472,15 +538,16 @@ def _doctor(words: Sequence[str]) -> int:
 
 def _inspect(words: Sequence[str]) -> int:
     parser = _parser("inspect")
-    parser.add_argument("checkpoint", metavar="CKPT", help="folder, hub id in the local cache, or tiny")
+    parser.add_argument("checkpoint", metavar="CKPT", help="folder, hub id in the local cache, tiny, or the file of one model")
     parser.add_argument("--json", action="store_true", help="for machines")
     parsed = parser.parse_args(words)
     from wan_fast import checkpoint as checkpoints
 
-    path = checkpoints.locate(parsed.checkpoint, TASKS["ti2v-5B"], download=False)
+    file = Path(parsed.checkpoint).expanduser()
+    path = file if file.is_file() else checkpoints.locate(parsed.checkpoint, TASKS["ti2v-5B"], download=False)
     if path is None:
         raise WanFastError(f"{parsed.checkpoint} is neither a folder nor in the hub cache; download it first")
-    facts = checkpoints.describe(checkpoints.open_checkpoint(path))
+    facts = checkpoints.describe_file(path) if path.is_file() else checkpoints.describe(checkpoints.open_checkpoint(path))
     if parsed.json:
         print(json.dumps(facts, indent=1, default=str))
         return 0

@@ -12,15 +12,22 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from os.path import exists, expanduser
 from pathlib import Path
 from typing import Any, Literal
 
 from wan_fast.caches import CfgCache, StepCache
 from wan_fast.errors import WanFastError as WanFastError
 from wan_fast.few_steps import OFF, PRESETS, SIGMA_MAX, parse_preset
-from wan_fast.lora import Lora
+from wan_fast.lora import EXPERTS, Lora
 from wan_fast.tasks import TASKS, TaskSpec
 
+# fields of a request that name pictures and videos
+INPUTS = ("image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
+# sizes that a name stands for, as in VACE's own script
+NAMED_SIZES = {"480p": (832, 480), "720p": (1280, 720)}
+# what files of weights end in
+PART_SUFFIXES = (".safetensors", ".pth", ".gguf")
 # values of --attention that compute in 8 bits
 ATTENTION_8BIT = ("int8", "fp8", "sage", "int8-sm90", "fp8-sm90")
 
@@ -31,7 +38,9 @@ def option(default: Any, help: str, *flags: str, parse: Callable[[str], Any] | N
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """'1280*704' or '1280x704' -> (width, height) in pixels."""
+    """'1280*704', '1280x704' or '720p' -> (width, height) in pixels."""
+    if text.strip().lower() in NAMED_SIZES:
+        return NAMED_SIZES[text.strip().lower()]
     match = re.fullmatch(r"\s*(\d+)\s*[*xX×]\s*(\d+)\s*", text)
     if not match:
         raise WanFastError(f"--size must be WIDTH*HEIGHT in pixels, got {text!r}; for example 1280*704")
@@ -68,6 +77,30 @@ def parse_bytes(text: str) -> int | None:
     return int(float(match[1]) * base ** "KMGT".find(match[2].upper()) * base if match[2] else float(match[1]))
 
 
+def parse_experts(text: str, spec: TaskSpec) -> dict[str, str]:
+    """What --dit says of a task: 'FILE' -> {'model': 'FILE'}, 'high=FILE,low=FILE' -> paths by expert, of both or of one."""
+    one_expert, text = spec.experts == ("model",), text.strip()
+    if not re.match("(?:high|low)=", text) or (one_expert and exists(text)):
+        if not one_expert:
+            raise WanFastError(f"task {spec.name} has two experts, got --dit {text!r}; give --dit high=FILE,low=FILE")
+        return {"model": text}
+    if one_expert:
+        raise WanFastError(f"task {spec.name} has one expert, got --dit {text!r}; give --dit FILE")
+    # a comma may also be part of a path
+    named = [part.split("=", 1) for part in re.split(r"\s*,\s*(?=(?:high|low)=)", text)]
+    if len({name for name, _ in named}) < len(named):
+        raise WanFastError(f"--dit {text!r} gives an expert twice; give --dit high=FILE,low=FILE")
+    return {EXPERTS[name]: path for name, path in named}
+
+
+def parse_files(text: str) -> tuple[str, ...]:
+    """'a.png,b.png' -> ('a.png', 'b.png')."""
+    files = tuple(part.strip() for part in text.split(","))
+    if not all(files):
+        raise WanFastError(f"--src_ref_images must be FILE or FILE,FILE, got {text!r}; take out the empty one")
+    return files
+
+
 def parse_bool(text: str) -> bool:
     word = text.strip().lower()
     if word not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
@@ -91,6 +124,21 @@ class EngineConfig:
         "--checkpoint",
         unit="PATH",
     )
+    dit: str | None = option(
+        None,
+        "file with the DiT, in the place of the checkpoint's: .safetensors, .pth, .gguf, or a folder with one; of two experts "
+        "high=FILE,low=FILE; where every part is given, no checkpoint is needed",
+        "--dit",
+        unit="FILE",
+    )
+    vae: str | None = option(None, "file with the VAE, likewise", "--vae", unit="FILE")
+    text_encoder: str | None = option(
+        None,
+        "file with umT5, likewise; a tokenizer in it serves where the checkpoint has none",
+        "--text_encoder",
+        unit="FILE",
+    )
+    image_encoder: str | None = option(None, "file with CLIP's image tower, likewise", "--image_encoder", unit="FILE")
     device: str = option("auto", "auto, cuda, cuda:1 or cpu", "--device")
     dtype: Literal["auto", "bf16", "fp32"] = option(
         "auto", "compute type of the DiT; auto is bf16 on a GPU, fp32 on a CPU", "--dtype"
@@ -199,6 +247,17 @@ class EngineConfig:
     convert_model_dtype: bool = option(
         False, "round all weights of the DiT to bf16, as the official flag does", "--convert_model_dtype"
     )
+    ulysses_size: int = option(
+        1,
+        "processes that share the heads of attention; several processes come with a later version",
+        "--ulysses_size",
+        unit="N",
+    )
+    ring_size: int = option(
+        1, "processes that share the keys of attention, Wan 2.1; several come with a later version", "--ring_size", unit="N"
+    )
+    t5_fsdp: bool = option(False, "spread the text encoder over several processes; comes with a later version", "--t5_fsdp")
+    dit_fsdp: bool = option(False, "spread the DiT over several processes; comes with a later version", "--dit_fsdp")
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
@@ -210,6 +269,7 @@ class EngineConfig:
             raise WanFastError(f"task {self.task} is known but cannot run in this version yet; these can: {able}")
         if self.checkpoint is not None and not str(self.checkpoint).strip():
             raise WanFastError("--ckpt_dir is empty; give a folder, a hub id, or tiny")
+        self._check_parts()
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise WanFastError(f"unknown device {self.device!r}; choose auto, cuda, cuda:N or cpu")
         _check_choice(self, "dtype", "auto", "bf16", "fp32")
@@ -258,10 +318,46 @@ class EngineConfig:
             )
         if self.vram is not None and self.vram <= 0:
             raise WanFastError(f"--vram must be positive, got {self.vram} bytes")
+        for flag, count in (("--ulysses_size", self.ulysses_size), ("--ring_size", self.ring_size)):
+            if not isinstance(count, int) or count < 1:
+                raise WanFastError(f"{flag} must be a number of processes, 1 or more, got {count!r}; 1 is one process")
+        if self.ring_size > 1 and not self.spec.has_ring:
+            raise WanFastError(
+                f"--ring_size is of the Wan 2.1 tasks, got {self.ring_size} for {self.task}; take --ulysses_size "
+                f"{self.ulysses_size * self.ring_size}"
+            )
+        if self.t5_cpu and self.t5_fsdp:
+            raise WanFastError(
+                "--t5_cpu has the text encoder on the CPU, --t5_fsdp spreads it over GPUs, got both; leave one out"
+            )
+
+    def _check_parts(self) -> None:
+        for name, path in self.parts.items():
+            flag = f"--{'dit' if name in self.spec.experts else name} {path!r}"
+            if not path.strip():
+                raise WanFastError(f"{flag} is empty; give a file")
+            if not Path(path).exists():
+                raise WanFastError(f"{flag} does not exist; check the path")
+            if Path(path).suffix not in PART_SUFFIXES and not Path(path).is_dir():
+                raise WanFastError(f"{flag} is no file of weights: its name must end in {' '.join(PART_SUFFIXES)}")
+        if self.image_encoder is not None and not self.spec.image_tokens:
+            raise WanFastError(f"task {self.task} takes no --image_encoder: its model has no input for one; leave it out")
 
     @property
     def spec(self) -> TaskSpec:
         return TASKS[self.task]
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """What is given by itself: paths by expert, "vae", "text_encoder" and "image_encoder".
+
+        Raises:
+            WanFastError: --dit says something else of the experts than the task.
+        """
+        named = {} if self.dit is None else parse_experts(str(self.dit), self.spec)
+        others = {name: getattr(self, name) for name in ("vae", "text_encoder", "image_encoder")}
+        named |= {name: str(path) for name, path in others.items() if path is not None}
+        return {name: expanduser(path) for name, path in named.items()}
 
     @property
     def caches(self) -> tuple[StepCache | None, CfgCache | None]:
@@ -287,9 +383,19 @@ class Request:
         None, "what it must not show; default: the model's official one", "--negative_prompt", unit="TEXT"
     )
     image: str | None = option(None, "picture to start from (ti2v-5B: optional)", "--image", unit="FILE")
+    first_frame: str | None = option(None, "picture to start from, flf2v-14B", "--first_frame", unit="FILE")
+    last_frame: str | None = option(None, "picture to end with, flf2v-14B, of the same size", "--last_frame", unit="FILE")
+    src_video: str | None = option(
+        None, "video to follow or to change, vace: of poses, depth, or with --src_mask", "--src_video", unit="FILE"
+    )
+    src_mask: str | None = option(None, "video of what to make anew of --src_video, white, vace", "--src_mask", unit="FILE")
+    src_ref_images: tuple[str, ...] = option(
+        (), "pictures of what is to be seen, vace", "--src_ref_images", parse=parse_files, unit="FILE,FILE"
+    )
+    context_scale: float = option(1.0, "strength of what vace follows", "--context_scale")
     size: tuple[int, int] | None = option(
         None,
-        "WIDTH*HEIGHT in pixels; with --image an area, whose shape the picture gives",
+        "WIDTH*HEIGHT in pixels, 480p or 720p; with --image, --first_frame or --src_video an area, whose shape these give",
         "--size",
         parse=parse_size,
         unit="W*H",
@@ -349,15 +455,30 @@ class Request:
             parse_preset(self.preset)
         if self.seed is not None and self.seed >= 2**63:
             raise WanFastError(f"--base_seed must be below 2**63, got {self.seed}")
-        for name in ("image", "noise"):
-            path = getattr(self, name)
-            if path is not None and not Path(path).is_file():
-                raise WanFastError(f"--{name} {str(path)!r} is not a file; check the path")
+        listed = isinstance(self.src_ref_images, (list, tuple))
+        if not listed or not all(isinstance(path, (str, Path)) for path in self.src_ref_images):
+            raise WanFastError(f"src_ref_images must be a list of files, got {self.src_ref_images!r}; for example ['cat.png']")
+        if not 0 <= self.context_scale <= 10:
+            raise WanFastError(f"--context_scale must be from 0 to 10, got {self.context_scale}; 1 is what it was trained with")
+        for name in (*INPUTS, "noise"):
+            for path in self.given(name):
+                if not Path(path).is_file():
+                    raise WanFastError(f"--{name} {str(path)!r} is not a file; check the path")
+
+    def given(self, name: str) -> tuple[str, ...]:
+        """The files that a field names."""
+        value = getattr(self, name)
+        return () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+    @property
+    def is_area(self) -> bool:
+        """Whether `size` is an area, whose shape a picture or a video gives."""
+        return any(self.given(name) for name in ("image", "first_frame", "src_video"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved(Request):
-    """A request that leaves nothing open; `size` is still an area where there is a picture, until the plan settles it.
+    """A request that leaves nothing open; `size` and `num_frames` are what was asked for, until the plan settles them.
 
     preset: with its largest sigma, where it has one; None for a solver on its own grid.
     """
@@ -405,9 +526,15 @@ def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -
     Raises:
         WanFastError: the request does not fit the task.
     """
-    if request.image is not None and "image" not in spec.takes:
-        fit = " ".join(name for name, other in TASKS.items() if "image" in other.takes)
-        raise WanFastError(f"task {spec.name} takes no --image (given {request.image!r}); tasks that do: {fit}")
+    for name in INPUTS:
+        given = ",".join(map(str, request.given(name)))
+        if given and name not in spec.takes:
+            fit = " ".join(name_ for name_, other in TASKS.items() if name in other.takes)
+            raise WanFastError(f"task {spec.name} takes no --{name} (given {given!r}); tasks that do: {fit}")
+        if not given and name in spec.needs:
+            raise WanFastError(f"task {spec.name} needs --{name}, got none; add --{name} FILE")
+    if request.context_scale != 1 and not spec.vace_layers:
+        raise WanFastError(f"--context_scale is of the vace tasks, --task is {spec.name}; leave it out")
     if not (request.prompt or "").strip():
         raise WanFastError(f'task {spec.name} needs a prompt, got none; add --prompt "..."')
 
@@ -447,7 +574,7 @@ def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -
     if spec.image_only and resolved.num_frames != 1:
         raise WanFastError(f"task {spec.name} makes one picture, got --frame_num {resolved.num_frames}; leave it out")
     grid = spec.vae_spec.grid
-    if request.image is None and (size[0] % grid or size[1] % grid):
+    if not request.is_area and (size[0] % grid or size[1] % grid):
         near = "*".join(str(max(grid, round(side / grid) * grid)) for side in size)
         raise WanFastError(
             f"--size {size[0]}*{size[1]} is not on the {grid}-pixel grid of {spec.name}; the nearest that is: {near}"

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from wan_fast.attention import Attention8bit
-from wan_fast.dit import WanDiT, grid_of
+from wan_fast.dit import Inputs, WanDiT, grid_of
 from wan_fast.engine import Engine
 from wan_fast.kernels import KERNELS, guidance_step
 from wan_fast.kernels.causal_conv3d import output_shape
@@ -79,7 +79,8 @@ def count_work(engine: Engine, todo: Plan) -> dict[tuple[str, str], Work]:
                 # another project's is counted as an exact one
                 block.self_attn.in_8_bits = ours if isinstance(ours, Attention8bit) else None
             latents, timestep = torch.empty(1, *todo.latent_shape), torch.empty(1, 1)
-            context = model.prepare([torch.empty(1, model.dims.text_dim)], grid_of(latents.shape))
+            inputs = Inputs.blank(model.dims, todo.latent_shape)
+            context = model.prepare([torch.empty(1, model.dims.text_dim)], grid_of(latents.shape), inputs)
             for kind, done in counted(partial(model, latents, timestep, context, in_8_bits=in_8_bits)).items():
                 work["denoise", kind] = work.get(("denoise", kind), Work()) + done * count
         clip = torch.empty(todo.latent_shape)
@@ -90,7 +91,8 @@ def count_work(engine: Engine, todo: Plan) -> dict[tuple[str, str], Work]:
         shapes = {name: tuple(t.shape) for name, t in engine.models["vae"].state_dict().items()}
         vae = _on_meta(engine.models["vae"], WanVAE(VaeDims.of_shapes(shapes)))
         cut = {"chunk": todo.memory.decode_chunk, "piece": todo.memory.decode_piece, "tiles": todo.memory.decode_tiles}
-        decoded = counted(lambda: [*vae.decode_stream(clip, **cut)])
+        own = clip[:, todo.framing.leading :]
+        decoded = counted(lambda: [*vae.decode_stream(own, **cut)])
         work |= {("decode", kind): done for kind, done in decoded.items()}
     return work
 

@@ -30,7 +30,7 @@ FORMATS = {"F8_E4M3": "fp8", "I8": "int8"}
 
 _PREFIXES = ("model.diffusion_model.", "model.", "net.")
 # no weights: they stand beside the model, with or without its prefix
-_MARKER, _TOKENIZER = "scaled_fp8", "spiece_model"
+_MARKER, TOKENIZER = "scaled_fp8", "spiece_model"
 _SCALES = {
     ".weight_scale": "weight_scale",
     ".scale_weight": "weight_scale",
@@ -115,7 +115,7 @@ def split(stored: Iterable[TensorInfo], texts: Mapping[str, str], config: Mappin
 
 def prefix_of(stored: Iterable[str]) -> str:
     """What every name begins with and no native name does."""
-    names = [name for name in stored if name not in (_MARKER, _TOKENIZER)]
+    names = [name for name in stored if name not in (_MARKER, TOKENIZER)]
     return next((p for p in _PREFIXES if names and all(name.startswith(p) for name in names)), "")
 
 
@@ -164,7 +164,7 @@ def _sort(where: str, by_name: Mapping[str, TensorInfo]) -> tuple[dict[str, Tens
         if last.endswith(_NVFP4):
             raise _refused(where, "nvfp4", name)
         if kind is None:
-            if last != "comfy_quant" and name not in (_MARKER, _TOKENIZER):
+            if last != "comfy_quant" and name not in (_MARKER, TOKENIZER):
                 weights[name] = info
         elif f"{module}.weight" not in by_name:
             raise WanFastError(f"{where!r} has a scale {name} without {module}.weight; download it again")

@@ -10,35 +10,44 @@ other linears and attention run in the compute dtype, which is that of their wei
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wan_fast.attention import Attention, Projected, of_projection, sdpa
-from wan_fast.kernels import Quantizer, patchify, qk_norm_rope, rope_table, unpatchify
+from wan_fast.adapters import Adapter, VaceBranch
+from wan_fast.attention import Attention, Projected, sdpa
+from wan_fast.blocks import Block, Context, Grid, ImageCrossAttention, KeysValues, add_gated_
+from wan_fast.kernels import patchify, rope_table, unpatchify
 from wan_fast.manifest import DiTDims
-from wan_fast.quantize import Tokens, activated, added_and_modulated, modulated, shared, takes
+from wan_fast.quantize import added_and_modulated, modulated, takes
 from wan_fast.tasks import PATCH
-
-Grid = tuple[int, int, int]
-KeysValues = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Context:
-    """What a forward needs that depends neither on the latents nor on the timestep.
+class Inputs:
+    """What a clip is conditioned on beside text, the same for both branches at every step; None for what there is not.
 
-    `keys_values`: per block, text keys and values [B, S, N, K]. `grid`: tokens of the clip along (T, H, W). `table`: of
-    `rope_table`, for its positions.
+    channels: [C, T, H, W] fp32, that follow the noisy latents' own. image: [I, S, image_dim], tokens of I pictures.
+    control: [C, T, H, W] fp32, what the VACE branch follows. control_scale: of its hints.
     """
 
-    keys_values: tuple[KeysValues, ...]
-    grid: Grid
-    table: Tensor
+    channels: Tensor | None = None
+    image: Tensor | None = None
+    control: Tensor | None = None
+    control_scale: float = 1.0
+
+    @classmethod
+    def blank(cls, dims: DiTDims, latent_shape: Sequence[int], pictures: int = 1) -> Inputs:
+        """Zeros of the shapes that a model of these sizes takes with latents [C, T, H, W]."""
+        image_tokens = dims.image_positions or pictures * 257
+        return cls(
+            channels=torch.zeros(dims.condition_dim, *latent_shape[1:]) if dims.condition_dim else None,
+            image=torch.zeros(1, image_tokens, dims.image_dim) if dims.image_dim else None,
+            control=torch.zeros(dims.vace_dim, *latent_shape[1:]) if dims.vace_layers else None,
+        )
 
 
 class WanDiT(nn.Module):
@@ -59,10 +68,13 @@ class WanDiT(nn.Module):
         self.text_embedding = nn.Sequential(nn.Linear(dims.text_dim, D), nn.GELU("tanh"), nn.Linear(D, D))
         self.time_embedding = nn.Sequential(nn.Linear(dims.freq_dim, D), nn.SiLU(), nn.Linear(D, D))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(D, 6 * D))
-        self.blocks: Iterable[Block] = nn.ModuleList(  # type: ignore[assignment]
-            Block(dims, attention, in_8_bits if keep <= i < dims.num_layers - keep else None) for i in range(dims.num_layers)
-        )
+        narrow = [in_8_bits if keep <= i < dims.num_layers - keep else None for i in range(dims.num_layers)]
+        self.blocks: Iterable[Block] = nn.ModuleList(Block(dims, attention, form) for form in narrow)  # type: ignore[assignment]
         self.head = Head(dims)
+        self.img_emb = ImageEmbedding(dims) if dims.image_dim else None
+        self.adapter: Adapter | None = VaceBranch(dims, attention, narrow) if dims.vace_layers else None
+        for name, module in self.adapter.modules.items() if self.adapter else ():
+            self.add_module(name, module)
 
     def forward(
         self,
@@ -87,7 +99,7 @@ class WanDiT(nn.Module):
         Returns:
             [B, C, T, H, W] fp32.
         """
-        x = self.embed(latents)  # [B, L, D]
+        x = self.embed(latents, context.channels)  # [B, L, D]
         time = self.time_embedding(sinusoid(timestep, self.dims.freq_dim))  # [B, R, D]
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [B, R, 6, D]
         tables = torch.stack([block.modulation for block in self.blocks])[:, None] + modulation  # [blocks, B, R, 6, D]
@@ -97,197 +109,130 @@ class WanDiT(nn.Module):
         first, *others = (takes(block.self_attn.qkv) for block in self.blocks)
         shift, scale = tables[0, :, :, :2].unbind(2)
         y = modulated(x, shift, scale, first, split=split, eps=self.dims.eps)
-        for block, table, keys_values, then, to in zip(
-            self.blocks, tables, context.keys_values, following, [*others, torch.float32], strict=True
+        after = self.adapter.begin(x, modulation, context, split, in_8_bits) if self.adapter else None
+        for i, (block, table, keys_values, then, to) in enumerate(
+            zip(self.blocks, tables, context.keys_values, following, [*others, torch.float32], strict=True)
         ):
-            y = block(x, y, table, split, context, keys_values, then, to, in_8_bits)
-        if residual is not None:
-            torch.sub(x, self.embed(latents), out=residual)  # embedding again is cheaper than keeping a copy through the blocks
+            y, gate = block(x, y, table, split, context, keys_values, in_8_bits), table[:, :, 5]
+            if after and self.adapter and i in self.adapter.layers:
+                add_gated_(x, y, gate, split)
+                y, gate = after(i, x), None
+            shift, scale = then
+            y = added_and_modulated(x, y, gate, shift, scale, to, split=split, eps=self.dims.eps)
+        if residual is not None:  # embedding again is cheaper than keeping a copy through the blocks
+            torch.sub(x, self.embed(latents, context.channels), out=residual)
         T, H, W = latents.shape[2:]
         return unpatchify(self.head.head(y), (T, H, W))
 
-    def resume(self, latents: Tensor, timestep: Tensor, residual: Tensor, *, split: int = 0) -> Tensor:
+    def resume(
+        self, latents: Tensor, timestep: Tensor, residual: Tensor, *, channels: Tensor | None = None, split: int = 0
+    ) -> Tensor:
         """Velocity of a noisy clip, with what the block stack added in an earlier forward in the place of the blocks.
 
         Args:
             latents, timestep, split: as in `forward`.
             residual: [B, L, D] that a forward left.
+            channels: the context's.
 
         Returns:
             [B, C, T, H, W] fp32.
         """
-        x = self.embed(latents)
+        x = self.embed(latents, channels)
         shift, scale = self.head.modulated_by(self.time_embedding(sinusoid(timestep, self.dims.freq_dim)))
         y = added_and_modulated(x, residual, None, shift, scale, torch.float32, split=split, eps=self.dims.eps)
         T, H, W = latents.shape[2:]
         return unpatchify(self.head.head(y), (T, H, W))
 
-    def prepare(self, text: Sequence[Tensor], grid: Grid) -> Context:
-        """Project text for all steps of a generation.
+    def prepare(
+        self, text: Sequence[Tensor], grid: Grid, inputs: Inputs | None = None, *, like: Context | None = None
+    ) -> Context:
+        """Project what does not depend on the step, once for all steps of a generation.
 
         Args:
             text: B tensors [S_i, text_dim], unpadded; the model was trained on zeros up to `text_len`, and attends to them.
             grid: (T, H/2, W/2) patches of the clip.
+            inputs: beside the text; the same for the whole batch.
+            like: a context of the same clip with another text, from which all else is taken.
 
         Raises:
-            ValueError: a text is longer than the model takes.
+            ValueError: a text is longer than the model takes, or the inputs are not the model's.
         """
         if max(t.shape[0] for t in text) > self.dims.text_len:
             raise ValueError(f"the model takes {self.dims.text_len} text tokens, got {[t.shape[0] for t in text]}")
         dtype = self.patch_embedding.weight.dtype
         padded = torch.stack([F.pad(t, (0, 0, 0, self.dims.text_len - t.shape[0])) for t in text])
         text_tokens = self.text_embedding(padded.to(dtype))  # [B, S, D]
+        keys_values: list[KeysValues] = [(block.cross_attn.project(text_tokens),) for block in self.blocks]
+        of_text = self.adapter.project(text_tokens) if self.adapter else ()
+        if like is not None:
+            pairs = tuple(own + others[1:] for own, others in zip(keys_values, like.keys_values, strict=True))
+            return replace(like, keys_values=pairs, adapter_keys_values=of_text)
+        inputs = inputs or Inputs()
+        self._check(inputs, grid)
+        channels = control = None
+        if inputs.channels is not None:
+            channels = patchify(inputs.channels[None], dtype=dtype).expand(len(text), -1, -1)
+        if self.img_emb is not None and inputs.image is not None:
+            image = self.img_emb(inputs.image).to(dtype).expand(len(text), -1, -1)
+            with_image = [block.cross_attn for block in self.blocks if isinstance(block.cross_attn, ImageCrossAttention)]
+            keys_values = [
+                (*own, attention.project_image(image)) for own, attention in zip(keys_values, with_image, strict=True)
+            ]
+        if self.adapter and inputs.control is not None:
+            control = self.adapter.prepare(inputs.control[None]).expand(len(text), -1, -1)
         return Context(
-            keys_values=tuple(block.cross_attn.project(text_tokens) for block in self.blocks),
+            keys_values=tuple(keys_values),
             grid=grid,
             table=rope_table(max(grid), self.dims.head_dim, padded.device),
+            channels=channels,
+            adapter=control,
+            adapter_scale=inputs.control_scale,
+            adapter_keys_values=of_text,
         )
 
-    def embed(self, latents: Tensor) -> Tensor:
-        """[B, C, T, H, W] -> [B, L, D] fp32: one token per 1x2x2 patch, w fastest."""
+    def embed(self, latents: Tensor, channels: Tensor | None = None) -> Tensor:
+        """[B, C, T, H, W] -> [B, L, D] fp32: one token per 1x2x2 patch, w fastest; channels: [B, L, 4 C'], of others behind."""
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
-        return F.linear(patchify(latents, dtype=weight.dtype), weight.flatten(1), bias).float()
+        tokens = patchify(latents, dtype=weight.dtype)
+        if channels is not None:
+            tokens = torch.cat([tokens, channels], dim=-1)
+        return F.linear(tokens, weight.flatten(1), bias).float()
+
+    def _check(self, inputs: Inputs, grid: Grid) -> None:
+        dims, (T, H, W) = self.dims, grid
+        expected = {
+            "channels": (dims.condition_dim, T, 2 * H, 2 * W) if dims.condition_dim else None,
+            "control": (dims.vace_dim, T, 2 * H, 2 * W) if dims.vace_layers else None,
+        }
+        given = {name: getattr(inputs, name) for name in expected}
+        for name, tensor in given.items():
+            shape = None if tensor is None else tuple(tensor.shape)
+            if shape != expected[name]:
+                raise ValueError(f"the model takes {name} {expected[name] or 'not at all'} with this clip, got {shape}")
+        count = None if inputs.image is None else inputs.image.shape[:2].numel()
+        if (count is None) == bool(dims.image_dim) or dims.image_positions not in (0, count):
+            wanted = (dims.image_positions or "some") if dims.image_dim else "no"
+            raise ValueError(f"the model takes {wanted} tokens of pictures, got {count}")
 
 
-class Block(nn.Module):
-    """Self-attention, cross-attention, feed-forward; the first and last modulated and gated by the timestep."""
+class ImageEmbedding(nn.Module):
+    """Tokens of pictures, as the blocks attend to them: norm, two linears, norm; the model of two pictures tells them apart by
+    learned positions."""
 
-    def __init__(self, dims: DiTDims, attention: Attention, in_8_bits: Projected | None) -> None:
+    def __init__(self, dims: DiTDims) -> None:
         super().__init__()
-        self.eps = dims.eps
-        self.modulation = nn.Parameter(torch.empty(1, 6, dims.dim))
-        self.self_attn = SelfAttention(dims, attention, in_8_bits)
-        self.norm3 = nn.LayerNorm(dims.dim, dims.eps)
-        self.cross_attn = CrossAttention(dims, attention)
-        self.ffn = FeedForward(nn.Linear(dims.dim, dims.ffn_dim), nn.GELU("tanh"), nn.Linear(dims.ffn_dim, dims.dim))
+        C, D = dims.image_dim, dims.dim
+        # the norms are torch's own, with its default eps
+        self.proj = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, C), nn.GELU(), nn.Linear(C, D), nn.LayerNorm(D))
+        self.emb_pos = nn.Parameter(torch.empty(1, dims.image_positions, C)) if dims.image_positions else None
 
-    def forward(
-        self,
-        x: Tensor,
-        y: Tokens,
-        table: Tensor,
-        split: int,
-        context: Context,
-        keys_values: KeysValues,
-        following: tuple[Tensor, Tensor],
-        to: torch.dtype | Quantizer,
-        in_8_bits: bool,
-    ) -> Tokens:
-        """One block, and the norm after it.
-
-        Args:
-            x: [B, L, D] fp32, the residual stream, changed in place.
-            y: [B, L, D] in the compute dtype or in 8 bits: x, normed and modulated for this block.
-            table: [B, R, 6, D] fp32 modulation of this block.
-            split, context: as in `WanDiT.forward`.
-            keys_values: of this block.
-            following: shift and scale [B, R, D] fp32 of the norm after the block.
-            to: what the linear that follows takes.
-            in_8_bits: as in `WanDiT.forward`.
-
-        Returns:
-            [B, L, D]: the new x, normed and modulated for what follows.
-        """
-        _, _, gate1, shift2, scale2, gate2 = table.unbind(2)
-        weight, bias = (t.expand(x.shape[0], 1, -1) for t in (self.norm3.weight, self.norm3.bias))
-        own: dict[str, Any] = {"split": split, "eps": self.eps}
-        y = self.self_attn(y, context, in_8_bits)
-        y = added_and_modulated(x, y, gate1, bias, weight, takes(self.cross_attn.q), affine=True, **own)
-        y = self.cross_attn(y, keys_values)
-        y = added_and_modulated(x, y, None, shift2, scale2, takes(self.ffn[0]), **own)
-        y = self.ffn(y)
-        return added_and_modulated(x, y, gate2, *following, to, **own)
-
-
-class FeedForward(nn.Sequential):
-    """Linear, GELU, linear."""
-
-    def forward(self, x: Tokens) -> Tensor:
-        return self[2](activated(self[0], x, takes(self[2])))
-
-
-class RMSNorm(nn.Module):
-    """Over the full width, all heads together, in place."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        qk_norm_rope(x[:, :, None], self.weight[None], None, heads=1, eps=self.eps)
-        return x
-
-
-class SelfAttention(nn.Module):
-    """Over the video's tokens. q, k and v are one projection, and q's and k's norms one parameter; a state dict has them
-    apart, under their native names, and either form is loaded."""
-
-    def __init__(self, dims: DiTDims, attention: Attention, in_8_bits: Projected | None = None) -> None:
-        super().__init__()
-        self.heads = (dims.num_heads, dims.head_dim)
-        self.eps = dims.eps
-        self.attention = of_projection(attention)
-        self.in_8_bits = in_8_bits
-        self.qkv = nn.Linear(dims.dim, 3 * dims.dim)
-        self.norm_qk = nn.Parameter(torch.empty(2 * dims.dim))
-        self.o = nn.Linear(dims.dim, dims.dim)
-        self.register_load_state_dict_pre_hook(lambda module, state, prefix, *_: fuse(state, prefix))
-        self.register_state_dict_post_hook(lambda module, state, prefix, _: unfuse(state, prefix))
-
-    def forward(self, x: Tokens, context: Context, in_8_bits: bool = False) -> Tensor:
-        """[B, L, D], as `qkv` takes it, -> [B, L, D] in the compute dtype."""
-        qkv = self.qkv(x).unflatten(-1, (3, -1))  # [B, L, 3, D]
-        attention = self.in_8_bits if in_8_bits and self.in_8_bits else self.attention
-        weight, heads = self.norm_qk.view(2, -1), self.heads[0]
-        return self.o(attention(qkv, weight, context.table, grid=context.grid, heads=heads, eps=self.eps).flatten(2))
-
-
-_FUSED = {
-    "qkv.weight": ("q.weight", "k.weight", "v.weight"),
-    "qkv.bias": ("q.bias", "k.bias", "v.bias"),
-    "qkv.weight_scale": ("q.weight_scale", "k.weight_scale", "v.weight_scale"),
-    "norm_qk": ("norm_q.weight", "norm_k.weight"),
-}
-
-
-def fuse(state: MutableMapping[str, Any], prefix: str) -> None:
-    """Join, where they are all there, the tensors of the self-attention under `prefix` that one parameter holds."""
-    for fused, parts in _FUSED.items():
-        names = [prefix + part for part in parts]
-        if all(name in state for name in names):
-            state[prefix + fused] = torch.cat([state.pop(name) for name in names])
-
-
-def unfuse(state: MutableMapping[str, Any], prefix: str) -> None:
-    """The reverse of `fuse`; the tensors are views of the joint one."""
-    for fused, parts in _FUSED.items():
-        joint = state.get(prefix + fused)
-        if joint is None or joint.shape[0] % len(parts):  # there are no such scales, or blocks of 128 that reach across
-            continue
-        views = state.pop(prefix + fused).chunk(len(parts))
-        state.update(zip([prefix + part for part in parts], views, strict=True))
-
-
-class CrossAttention(nn.Module):
-    """Over the text's tokens, whose keys and values are computed once per generation."""
-
-    def __init__(self, dims: DiTDims, attention: Attention) -> None:
-        super().__init__()
-        self.heads = (dims.num_heads, dims.head_dim)
-        self.attention = attention
-        self.q, self.k, self.v, self.o = (nn.Linear(dims.dim, dims.dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dims.dim, dims.eps), RMSNorm(dims.dim, dims.eps)
-
-    def project(self, text: Tensor) -> KeysValues:
-        """Keys and values of text tokens [B, S, D]: the same at every step."""
-        tokens = shared(text, self.k, self.v)
-        return self.norm_k(self.k(tokens)).unflatten(-1, self.heads), self.v(tokens).unflatten(-1, self.heads)
-
-    def forward(self, x: Tokens, keys_values: KeysValues) -> Tensor:
-        """[B, L, D], as `q` takes it, -> [B, L, D] in the compute dtype."""
-        q = self.norm_q(self.q(x)).unflatten(-1, self.heads)
-        return self.o(self.attention(q, *keys_values).flatten(2))
+    def forward(self, image: Tensor) -> Tensor:
+        """[I, S, image_dim] -> [1, I S, D] fp32."""
+        tokens = image.float().flatten(0, 1)[None]
+        if self.emb_pos is not None:
+            tokens = tokens + self.emb_pos
+        first, up, gelu, down, last = self.proj
+        return last(down(gelu(up(first(tokens).to(up.weight.dtype)))).float())
 
 
 class Head(nn.Module):

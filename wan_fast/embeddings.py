@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from wan_fast.checkpoint import read_tokenizer
 from wan_fast.encoders import clean
 from wan_fast.headers import TensorInfo, read_header
 from wan_fast.user_cache import user_cache
@@ -50,7 +51,7 @@ class Embeddings:
 
         Args:
             text_encoder: whose embeddings they are.
-            tokenizer: the folder of its tokenizer.json.
+            tokenizer: the folder of its tokenizer.json, or the file that holds one.
             settings: what else changes the numbers, in words: "bf16 cuda, up to 512 tokens".
             folder: where they lie; None: wan-fast/embeddings in the user's cache.
             limit: bytes the folder may hold; those not used for longest go first.
@@ -103,7 +104,7 @@ class Embeddings:
 
     @cached_property
     def _made_by(self) -> list[str]:
-        tokenizer = hashlib.sha256((self.tokenizer / "tokenizer.json").read_bytes()).hexdigest()
+        tokenizer = hashlib.sha256(read_tokenizer(self.tokenizer)).hexdigest()
         return [fingerprint(self.text_encoder), tokenizer, self.settings]
 
     def _file(self, text: str) -> Path:

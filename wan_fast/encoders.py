@@ -1,21 +1,38 @@
-"""The text encoder: umT5 (arXiv 2304.09151) through transformers, and its tokenizer, with the official text cleaning."""
+"""The encoders, through transformers: of text, umT5 (arXiv 2304.09151), with its tokenizer and the official text cleaning; of
+pictures, the image tower of CLIP (arXiv 2103.00020) with the official resizing."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from wan_fast import manifest
+from wan_fast.checkpoint import read_tokenizer
 from wan_fast.config import WanFastError
 from wan_fast.tasks import TEXT_LEN
 
+# umT5's token
+END_OF_TEXT = 1
 # native name -> name in transformers
+_IMAGE_NAMES = (
+    (r"^visual\.cls_embedding$", "embeddings.class_embedding"),
+    (r"^visual\.pos_embedding$", "embeddings.position_embedding.weight"),
+    (r"^visual\.patch_embedding\.", "embeddings.patch_embedding."),
+    (r"^visual\.pre_norm\.", "pre_layrnorm."),
+    (r"^visual\.transformer\.(\d+)\.", r"encoder.layers.\1."),
+    (r"\.attn\.([qkv])\.", r".self_attn.\1_proj."),
+    (r"\.attn\.proj\.", ".self_attn.out_proj."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.2\.", ".mlp.fc2."),
+)
 _NAMES = (
     (r"^token_embedding\.", "shared."),
     (r"^norm\.", "encoder.final_layer_norm."),
@@ -70,21 +87,105 @@ class TextEncoder(nn.Module):
         return self.model(input_ids=ids[None]).last_hidden_state[0]
 
 
+class ImageEncoder(nn.Module):
+    """CLIP's image tower up to the layer before its last, over pictures pressed into its square whatever their shape."""
+
+    # of the pixels that CLIP was trained on, in [0, 1]
+    mean = (0.48145466, 0.4578275, 0.40821073)
+    std = (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(self, dims: manifest.ClipDims) -> None:
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        super().__init__()
+        self.size = dims.size
+        config = CLIPVisionConfig(
+            hidden_size=dims.dim,
+            intermediate_size=dims.ffn_dim,
+            num_hidden_layers=dims.num_layers,
+            num_attention_heads=dims.num_heads,
+            image_size=dims.size,
+            patch_size=dims.patch,
+            hidden_act="gelu",
+            layer_norm_eps=1e-5,
+            attention_dropout=0.0,
+        )
+        model = CLIPVisionModel(config)
+        # one module more in older versions of transformers
+        self.model = getattr(model, "vision_model", model)
+        self.model.post_layernorm = nn.Identity()  # of the class token alone, which is not asked for
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights by their native names."""
+        renamed = {}
+        for name, tensor in state_dict.items():
+            joint = ".to_qkv." in name
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True) if joint else [("", tensor)]:
+                own = name.replace(".to_qkv.", f".{part}.")
+                for pattern, replacement in _IMAGE_NAMES:
+                    own = re.sub(pattern, replacement, own)
+                renamed[f"model.{own}"] = piece
+        positions = renamed["model.embeddings.position_embedding.weight"].shape[0]
+        ids = {name for name, _ in self.named_buffers() if name.endswith("position_ids")}
+        for name in ids:  # not kept in files
+            module = self.get_submodule(name.rpartition(".")[0])
+            module.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
+        return super().load_state_dict(renamed, strict=strict, assign=assign)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[3, H, W] fp32 in [-1, 1] -> [S, dim] in the dtype of the weights."""
+        weight = self.model.embeddings.patch_embedding.weight
+        # bicubic without antialiasing, as officially
+        square = F.interpolate(image[None].float(), size=(self.size, self.size), mode="bicubic", align_corners=False)
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        pixels = (square * 0.5 + 0.5 - mean.to(square)) / std.to(square)
+        return self.model(pixels.to(weight)).last_hidden_state[0]
+
+
 class Tokenizer:
-    """Text -> umT5 token ids, end-of-text included, at most `limit`."""
+    """Text -> umT5 token ids, end-of-text included, at most `limit`.
 
-    def __init__(self, folder: Path, limit: int = TEXT_LEN) -> None:
-        import tokenizers
+    Args:
+        where: the folder of a tokenizer.json, or a text encoder's file that holds a SentencePiece model. The ids are the same,
+            but that only tokenizer.json knows special tokens spelled out in a text, "</s>" say.
+        limit: tokens at most.
 
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # the tokenizers package raises a bare Exception
-            raise WanFastError(f"{str(folder / 'tokenizer.json')!r} cannot be read ({error}); download it again") from error
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(limit)
+    Raises:
+        WanFastError: it cannot be read.
+    """
+
+    def __init__(self, where: Path, limit: int = TEXT_LEN) -> None:
+        self._encode = _with_tokenizers(where, limit) if where.is_dir() else _with_sentencepiece(where, limit)
 
     def __call__(self, text: str) -> Tensor:
-        return torch.tensor(self._tokenizer.encode(clean(text)).ids, dtype=torch.long)
+        return torch.tensor(self._encode(clean(text)), dtype=torch.long)
+
+
+def _with_tokenizers(folder: Path, limit: int) -> Callable[[str], list[int]]:
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the tokenizers package raises a bare Exception
+        raise WanFastError(f"{str(folder / 'tokenizer.json')!r} cannot be read ({error}); download it again") from error
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(limit)
+    return lambda text: tokenizer.encode(text).ids
+
+
+def _with_sentencepiece(file: Path, limit: int) -> Callable[[str], list[int]]:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = SentencePieceProcessor(model_proto=read_tokenizer(file))
+    except RuntimeError as error:
+        raise WanFastError(f"the tokenizer in {str(file)!r} cannot be read ({error}); download it again") from error
+    if model.eos_id() != END_OF_TEXT:
+        raise WanFastError(
+            f"the tokenizer in {str(file)!r} is not umT5's: its texts end with token {model.eos_id()}, not {END_OF_TEXT}; "
+            "take another file"
+        )
+    return lambda text: [*model.encode(text)[: limit - 1], END_OF_TEXT]
 
 
 def clean(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,7 @@ from wan_fast.conditioning import PREPARE, Conditioning, texts_of
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request, WanFastError
 from wan_fast.dit import WanDiT
 from wan_fast.embeddings import Embeddings
-from wan_fast.encoders import TextEncoder, Tokenizer
+from wan_fast.encoders import ImageEncoder, TextEncoder, Tokenizer
 from wan_fast.kernels import only_reference
 from wan_fast.loading import load_model, reload
 from wan_fast.memory import GIB
@@ -33,6 +33,7 @@ from wan_fast.running import memory_guard, on_the_host, peak_bytes, tf32_convolu
 from wan_fast.sampler import denoise, directly
 from wan_fast.schedule import sampler_of
 from wan_fast.setup import Setup, set_up, with_loras
+from wan_fast.single_files import located
 from wan_fast.steps import Step
 from wan_fast.vae import WanVAE, lay_out
 from wan_fast.workspace import Workspace
@@ -80,9 +81,7 @@ class Engine:
     def __init__(self, config: EngineConfig, *, request: Request | None = None, on_progress: Progress | None = None) -> None:
         self._text: dict[str, Any] = {}
         self._half_done = False
-        path = checkpoints.locate(config.checkpoint, config.spec)
-        config = replace(config, checkpoint=str(path))
-        self._setup = set_up(config)
+        self._setup = set_up(located(config))
         with memory_guard(self._setup, "a context on the device"):
             self._setup = _free_now(self._setup)
         opened = self._setup.checkpoint
@@ -168,7 +167,7 @@ class Engine:
         width, height = todo.request.size
         frames = torch.empty(0 if on_pixels else todo.request.num_frames, height, width, 3, dtype=torch.uint8)
         with self._running(todo):
-            latents = self._latents(todo, on_step, progress)
+            latents = self._latents(todo, on_step, progress)[:, todo.framing.leading :]
             with self._stage("decode"):
                 self._decode(todo, latents, on_frames, on_pixels or _into(frames), progress)
         return Video(frames=frames, latents=latents.cpu().clone(), fps=todo.request.fps, stats=self._stats(todo))
@@ -196,7 +195,7 @@ class Engine:
         self.workspace.make_room(todo)
         with self._stage("prepare"):
             progress("prepare", 0, 1)
-            conditioning = PREPARE[self.spec.kind](todo.request, self)
+            conditioning = PREPARE[self.spec.kind](todo.request, todo.framing, self)
             progress("prepare", 1, 1)
         with self._stage("denoise"):
             return self._denoise(todo, conditioning, on_step, progress)
@@ -221,10 +220,17 @@ class Engine:
         self._text = {"seconds": time.perf_counter() - start, "texts": len(texts), "from_cache": len(texts) - len(missing)}
         return found
 
-    def encode_video(self, pixels: Tensor) -> Tensor:
-        """[3, F, H, W] in [-1, 1] -> normalised latents [C, T, h, w] fp32."""
+    def encode_image(self, pictures: Sequence[Tensor]) -> Tensor | None:
+        """Pictures [3, H, W] fp32 in [-1, 1] -> their tokens [I, S, image_dim]; of a model that takes none, None."""
+        if "image" not in self.models:
+            return None
+        with self._at_work("image") as encoder:
+            return torch.stack([encoder(picture.to(self.device)) for picture in pictures])
+
+    def encode_video(self, chunks: Iterable[Tensor], num_frames: int) -> Tensor:
+        """A clip in chunks [3, f, H, W] in [-1, 1], 1 frame and then multiples of 4 -> normalised latents [C, T, h, w] fp32."""
         with self._at_work("vae") as vae:
-            return vae.encode(pixels.to(self.device))
+            return vae.encode_stream(chunks, num_frames)
 
     def _denoise(
         self, todo: Plan, conditioning: Conditioning, on_step: Callable[[Step], None] | None, progress: Progress
@@ -355,6 +361,14 @@ class Engine:
             lay_out=lay_out,
             report=report,
         )
+        if (image := opened.image_encoder) is not None and self.spec.image_tokens:
+            self.models["image"] = load_model(
+                lambda: ImageEncoder(manifest.ClipDims.of_shapes(image.shapes)),
+                image,
+                home,
+                lambda name: DTYPES[self._setup.image_dtype],
+                report=report,
+            )
         for name, part in opened.experts.items():
             self.models[name] = load_model(
                 partial(WanDiT, dims[name], self._attention, self._attention_8bit, config.keep_blocks or 0),

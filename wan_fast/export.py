@@ -151,7 +151,7 @@ def write_quantized(name: str, out: str | Path, recipe: Recipe, *, on_progress: 
                 sizes = {"_class_name": "WanModel", **asdict(_dims(part))}
                 (folder / "config.json").write_text(json.dumps(sizes, indent=1))
         written = open_checkpoint(scratch)
-    said = {schemes.described(forms[expert], _dims(part).num_layers) for expert, part in opened.experts.items()}
+    said = {schemes.described(forms[expert], part.shapes) for expert, part in opened.experts.items()}
     return Written(out, task, opened.num_bytes, written.num_bytes, "; ".join(sorted(said)))
 
 
@@ -243,6 +243,11 @@ def _requests(recipe: Recipe) -> list[Request]:
 
 def _calibrating(opened: Checkpoint, task: str, requests: Sequence[Request]) -> EngineConfig:
     """The engine to calibrate with; what would hinder it is said now."""
+    if TASKS[task].kind not in ("text", "text_image"):
+        raise WanFastError(
+            f"--calibrate makes clips of prompts alone, and {task} takes pictures or videos besides, whose tokens would be "
+            "missed; leave it out, with --scaling row or block and without --smooth"
+        )
     if find_spec("modelopt") is None:
         raise WanFastError("--calibrate needs nvidia-modelopt, which is not installed; pip install 'wan-fast[modelopt]'")
     config = EngineConfig(task=task, checkpoint=str(opened.path), precision="bf16")

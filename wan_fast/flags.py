@@ -18,13 +18,18 @@ T = TypeVar("T")
 
 # official flags and planned ones that this version knows but cannot follow: (takes a value, values that ask for nothing)
 _NOT_YET: dict[str, tuple[bool, tuple[str, ...]]] = {
-    **dict.fromkeys(("--ulysses_size", "--ring_size"), (True, ("1",))),
-    **dict.fromkeys(("--t5_fsdp", "--dit_fsdp", "--use_prompt_extend"), (False, ())),
-    **dict.fromkeys(("--prompt_extend_method", "--prompt_extend_model", "--prompt_extend_target_lang"), (True, ())),
-    **dict.fromkeys(("--first_frame", "--last_frame", "--src_video", "--src_mask", "--src_ref_images"), (True, ())),
     **dict.fromkeys(("--src_root_path", "--refert_num", "--num_clip", "--audio", "--infer_frames"), (True, ())),
     **dict.fromkeys(("--tts_prompt_audio", "--tts_prompt_text", "--tts_text", "--pose_video"), (True, ())),
     **dict.fromkeys(("--replace_flag", "--use_relighting_lora", "--enable_tts", "--start_from_ref"), (False, ())),
+}
+# flags of other programs for Wan, and what to do here
+_ELSEWHERE = {
+    "--model-name": "did you mean --task?",
+    "--ref-image": "did you mean --src_ref_images?",
+    "--sample-fps": "did you mean --fps?",
+    "--prompt-file": "a run makes one video: give its text to --prompt",
+    "--image-path-file": "a run makes one video: give its picture to --image",
+    "--phantom-ckpt": "Phantom cannot run in this version yet",
 }
 
 
@@ -53,7 +58,8 @@ class Parser(argparse.ArgumentParser):
                 name = known.get(flag.replace("_", "-"))
                 if name is None:
                     close = get_close_matches(flag, self._option_string_actions, 1)
-                    raise WanFastError(f"unknown flag {flag}; " + (f"did you mean {close[0]}?" if close else "see --help"))
+                    hint = f"did you mean {close[0]}?" if close else "see --help"
+                    raise WanFastError(f"unknown flag {flag}; {_ELSEWHERE.get(flag.replace('_', '-'), hint)}")
                 word = name + equals + value
             spelled.append(word)
         return spelled

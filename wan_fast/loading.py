@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from wan_fast.dit import fuse
+from wan_fast.blocks import fuse
 from wan_fast.merging import Merger
 from wan_fast.quantize import keep_stored, quantize_in, requantized, swap
 from wan_fast.schemes import Form, linear_of
@@ -51,7 +51,7 @@ def reload(model: nn.Module, part: Part, names: Collection[str], dtype: Callable
 
 def _block_of(name: str) -> str:
     """'blocks.3.ffn.0.weight' -> 'blocks.3'; a tensor outside of the blocks is its own."""
-    match = re.match(r"blocks\.\d+", name)
+    match = re.match(r"(?:vace_)?blocks\.\d+", name)
     return match[0] if match else name
 
 

@@ -235,10 +235,10 @@ def _matched(contents: _Contents, part: str, lora: Lora, shapes: Shapes, told: S
         if match := _UNSUPPORTED.search(key):
             raise WanFastError(f"{where} has {key}: {match[0]} is not supported; take another export of the LoRA")
         path, leaf, rule, role = _role_of(info.name) or (info.name, "", "", "")
-        spelled = _underscored(f"{path}.{leaf}")
-        # `.diff` may follow a tensor that is no module's weight: the modulation
-        target = by_spelling.get(spelled) or (by_spelling.get(_underscored(path)) if rule == "diff" else None)
-        if role and target is None and _IMAGE_BRANCH.search(spelled):
+        # `.diff` may follow a tensor that is no module's weight: the modulation, or positions of pictures
+        spellings = [_underscored(f"{path}.{leaf}"), *([_underscored(path)] if rule == "diff" else [])]
+        target = next((by_spelling[spelled] for spelled in spellings if spelled in by_spelling), None)
+        if role and target is None and any(map(_IMAGE_BRANCH.search, spellings)):
             absent += 1
         elif not role or target is None:
             left.append(key)
@@ -252,6 +252,8 @@ def _matched(contents: _Contents, part: str, lora: Lora, shapes: Shapes, told: S
         raise _leftover(where, left, shapes)
     if not updates:
         raise WanFastError(f"{where} changes nothing in this model: all its {absent} keys are of an image branch")
+    if absent:
+        told = [*told, f"{contents.path.name}: {absent} keys of an image branch, which this model has not, are left out"]
     every = [update for some in updates.values() for update in some]
     if lora.strength not in (0, 1) and any(update.rule == "set" for update in every):
         raise WanFastError(f"{where} replaces weights (set_weight), which has no strength {lora.strength:g}; take 1")

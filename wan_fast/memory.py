@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -13,7 +13,7 @@ from wan_fast.device import Device
 from wan_fast.schemes import Form
 from wan_fast.setup import Models, Setup
 from wan_fast.steps import Step
-from wan_fast.tasks import PATCH, TILE_HALO
+from wan_fast.tasks import PATCH, TILE_HALO, TaskSpec
 
 GIB = 2**30
 # How a clip is decoded, the first that fits: latent frames at a time, and of these, frames at a time in the two upper levels,
@@ -62,6 +62,9 @@ def memory_plan(
         weights[label] = _dit_bytes(dims, setup.forms.get(name, {}), size)
     vae_size = 4 if setup.vae_dtype == "fp32" else 2
     weights["VAE"] = vae_size * manifest.num_parameters(manifest.vae_shapes(models.vae))
+    image_size = 2 if setup.image_dtype == "fp16" else 4
+    if models.image is not None:
+        weights["image encoder"] = image_size * manifest.num_parameters(manifest.clip_shapes(models.image))
     if config.t5_cpu and device.type != "cpu":
         weights["text encoder"] = 0
     budget = config.vram if config.vram is not None else device.free
@@ -71,11 +74,15 @@ def memory_plan(
     working = {
         "text": _text_bytes(models.text, size),
         "denoise": _denoise_bytes(models.experts, latent_shape, size, fused, setup.forms, config.attention in ATTENTION_8BIT)
-        + _kept_bytes(models.experts, latent_shape, size, steps),
+        + _kept_bytes(models.experts, latent_shape, size, steps)
+        + _inputs_bytes(config.spec, models.experts, latent_shape, size, {step.expert for step in steps}),
     }
-    if request.image is not None:
+    if models.image is not None:
+        at_work["image"], working["image"] = ["image encoder"], _image_bytes(models.image, image_size)
+    if encoded := clips_encoded(config.spec, request, latent_shape[1]):
         at_work["encode"] = ["VAE"]
-        working["encode"] = _encode_bytes(models.vae, latent_shape, vae_size, fused)
+        frames = 4 if any(latent_frames > 1 for latent_frames, _ in encoded) else 1
+        working["encode"] = _encode_bytes(models.vae, latent_shape, vae_size, fused, frames)
     asked = config.offload_model if device.type != "cpu" and not config.cuda_graphs else False
     whole = [(*decode, 1) for decode in DECODES[device.type]]
     tiled = [(*DECODES[device.type][-1], tiles) for tiles in TILES if tiles <= max(latent_shape[2:])]
@@ -180,7 +187,7 @@ def _denoise_bytes(
             # references hold two in fp32 between
             before = 0 if down.input != "row" and fused else size if fused else size + 8
             feed_forward = max(L * (2 * D + int(F * (before + 1.04))), feed_forward if _some_whole(forms[name], dims) else 0)
-        text = 2 * len(experts) * dims.num_layers * 2 * S * D * size
+        text = 2 * len(experts) * (dims.num_layers + len(dims.vace_layers)) * 2 * S * D * size
         largest = max(largest, L * D * 4 + max(attention, feed_forward) + text)
     # latents, two velocities, the solver's three, and tokens of the head
     return largest + 10 * 4 * prod(latent_shape)
@@ -234,15 +241,56 @@ def _decode_bytes(
     return int(1.2 * history + (2.2 if size == 4 and dims.decoder_dim < 64 else 1.85) * alive)
 
 
-def _encode_bytes(dims: manifest.VaeDims, latent_shape: tuple[int, ...], size: int, fused: bool) -> int:
-    """Peak working bytes of encoding one picture: the histories, and what is alive at the first level."""
+def clips_encoded(spec: TaskSpec, request: Resolved, latent_frames: int) -> list[tuple[int, int | None]]:
+    """All that is encoded, one after the other: latent frames, and `changing` as in `manifest.vae_flops`."""
+    picture, grey, footage = (1, None), (latent_frames, 0), (latent_frames, None)
+    if spec.kind == "text_image":
+        return [picture] * (request.image is not None)
+    if spec.vace_layers:
+        kept = grey if request.src_mask is None else footage
+        return [kept, *[footage] * (request.src_video is not None), *[picture] * len(request.src_ref_images)]
+    return [(latent_frames, len(spec.needs & {"last_frame"}))] * bool(spec.in_dim - spec.out_dim)
+
+
+def _inputs_bytes(
+    spec: TaskSpec,
+    experts: Mapping[str, manifest.DiTDims],
+    latent_shape: tuple[int, ...],
+    size: int,
+    used: Collection[str],
+) -> int:
+    """Bytes of what the `used` models keep of pictures and videos, and what following them takes.
+
+    The VACE branch has a stream of its own, and a hint.
+    """
+    tokens = prod(latent_shape[1:]) // prod(PATCH)
+    total = 0
+    for name in used:
+        dims = experts[name]
+        image = 2 * dims.num_layers * spec.image_tokens * dims.dim * size
+        channels = tokens * prod(PATCH) * dims.condition_dim * size
+        if channels:  # their latents, and tokens of all side by side
+            channels += tokens * prod(PATCH) * dims.in_dim * size + 4 * prod(latent_shape[1:]) * dims.condition_dim
+        vace = bool(dims.vace_layers) * (tokens * dims.dim * (4 + 2 * size) + 4 * prod(latent_shape[1:]) * dims.vace_dim)
+        total += image + channels + vace
+    return total
+
+
+def _image_bytes(dims: manifest.ClipDims, size: int) -> int:
+    """Peak working bytes of a picture's tokens: a layer's feed-forward, and its scores."""
+    return size * dims.tokens * (2 * dims.ffn_dim + 6 * dims.dim) + 4 * dims.num_heads * dims.tokens**2
+
+
+def _encode_bytes(dims: manifest.VaeDims, latent_shape: tuple[int, ...], size: int, fused: bool, frames: int) -> int:
+    """Peak working bytes of encoding, 1 or 4 `frames` at a time: the histories, and what is alive at the first level."""
     h, w = latent_shape[2:]
     history = 0
     for name, shape in manifest.vae_shapes(dims).items():
         if name.startswith("encoder") and len(shape) == 5 and shape[2] == 3:
             history += size * 2 * shape[1] * h * w * 4 ** manifest.encoder_level(name, dims)
-    alive = size * 4 * dims.encoder_dim * h * w * 64
-    return history + alive if fused else int(1.2 * history + 1.5 * alive)
+    frame = size * dims.encoder_dim * h * w * 64
+    alive, of_references = (4 * frame, 1.5) if frames == 1 else (18.4 * frame, 1.9)
+    return int(history + alive if fused else 1.2 * history + of_references * alive)
 
 
 def strips(latent_shape: tuple[int, ...], tiles: int) -> list[float]:

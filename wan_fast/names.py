@@ -1,4 +1,5 @@
-"""Tensor names: from those of the Diffusers layout and of GGUF to the native ones, by rules. Standard library only."""
+"""Tensor names: from those of the Diffusers layout and of GGUF to the native ones, by rules; which model they are of. Standard
+library only."""
 
 from __future__ import annotations
 
@@ -78,6 +79,24 @@ TEXT_NAMES: Rules = {
     r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.": r"blocks.\1.ffn.fc1.",
     r"^encoder\.block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.": r"blocks.\1.ffn.fc2.",
 }
+# of a vision transformer in transformers, and of CLIP's file beside the native checkpoints
+CLIP_NAMES: Rules = {
+    r"^vision_model\.": "",
+    r"^embeddings\.class_embedding$": "visual.cls_embedding",
+    r"^embeddings\.position_embedding\.weight$": "visual.pos_embedding",
+    r"^embeddings\.patch_embedding\.": "visual.patch_embedding.",
+    r"^embeddings\.position_ids$": None,
+    r"^pre_layrnorm\.": "visual.pre_norm.",
+    r"^encoder\.layers\.(\d+)\.": r"visual.transformer.\1.",
+    r"\.self_attn\.([qkv])_proj\.": r".attn.\1.",
+    r"\.self_attn\.out_proj\.": ".attn.proj.",
+    r"\.layer_norm([12])\.": r".norm\1.",
+    r"\.mlp\.fc1\.": ".mlp.0.",
+    r"\.mlp\.fc2\.": ".mlp.2.",
+    # the text tower, and what follows the layer whose tokens are taken
+    r"^(?:textual\.|log_scale$|logit_scale$|text_model\.|visual_projection\.|text_projection\.)": None,
+    r"^(?:post_layernorm\.|visual\.post_norm\.|visual\.head$)": None,
+}
 GGUF_TEXT_NAMES: Rules = {
     r"^token_embd\.": "token_embedding.",
     r"^enc\.output_norm\.": "norm.",
@@ -92,12 +111,37 @@ GGUF_TEXT_NAMES: Rules = {
 }
 
 
+# what a tensor that only such a model has begins with, by its native name
+_SIGNS = {
+    "DiT": "blocks.0.self_attn.q.",
+    "VAE": "decoder.middle.0.residual.0.gamma",
+    "text encoder": "blocks.0.attn.q.",
+    "image encoder": "visual.transformer.0.norm1.",
+}
+_LORA = re.compile(r"[._](?:lora_(?:A|B|up|down)\b|lora\.(?:up|down)\.|(?:hada|lokr)_w)|\.diff(?:_[bm])?$")
+
+
+def model_of(stored: Collection[str]) -> str | None:
+    """Which model tensors of these names, less their prefix, are: "DiT", "VAE", "text encoder", "image encoder" or "LoRA"."""
+    if any(_LORA.search(name) for name in stored):
+        return "LoRA"
+    rules = rules_for(stored)
+    native = [native_name(name, rules) or "" for name in stored]
+    return next((what for what, sign in _SIGNS.items() if any(name.startswith(sign) for name in native)), None)
+
+
 def rules_for(stored: Collection[str]) -> Rules:
-    """The rules by which a transformer's or a text encoder's tensors are renamed, told from their names."""
+    """The rules by which the tensors of a model are renamed, told from their names."""
     if any(".attn1." in name for name in stored):
         return DIT_NAMES
     if any(name.startswith("encoder.block.") for name in stored):
         return TEXT_NAMES
+    if any(name.startswith(("visual.", "vision_model.", "encoder.layers.")) for name in stored):
+        return CLIP_NAMES
+    if any(".mid_block.resnets." in name for name in stored):
+        # 2.2 nests its layers by level on the way down too
+        nested = any(re.match(r"encoder\.down_blocks\.\d\.resnets\.", name) for name in stored)
+        return VAE22_NAMES if nested else VAE21_NAMES
     return GGUF_TEXT_NAMES if any(name.startswith("enc.blk.") for name in stored) else {}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import floor, prod, sqrt
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,22 @@ from wan_fast.backends import KernelChoice
 from wan_fast.checkpoint import Checkpoint
 from wan_fast.config import EngineConfig, Request, Resolved, WanFastError, resolve
 from wan_fast.device import Device, named
+from wan_fast.framing import FRAME, Framing
 from wan_fast.headers import read_safetensors_header
-from wan_fast.memory import MemoryPlan, gib, memory_plan, strips
+from wan_fast.memory import MemoryPlan, clips_encoded, gib, memory_plan, strips
 from wan_fast.presets import named_preset
 from wan_fast.schedule import schedule
 from wan_fast.setup import Models, Setup, set_up
 from wan_fast.steps import Step
-from wan_fast.tasks import PATCH
-from wan_fast.video import image_size
+from wan_fast.tasks import PATCH, TaskSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a run will do. `request` has every default filled in; `size` is final, in pixels."""
+    """What a run will do. `request` has every default filled in; its size and length are final.
+
+    latent_shape: [C, T, H, W] of what is denoised; `framing.leading` frames of it come before the clip's own.
+    """
 
     config: EngineConfig
     request: Resolved
@@ -40,6 +43,7 @@ class Plan:
     linears: str
     quality: str
     checkpoint: Checkpoint | None
+    framing: Framing
     latent_shape: tuple[int, int, int, int]
     tokens: int
     steps: tuple[Step, ...]
@@ -91,6 +95,7 @@ class Plan:
             "vae_dtype": self.vae_dtype,
             "linears": self.linears,
             "quality": self.quality,
+            "framing": dataclasses.asdict(self.framing),
             "latent_shape": self.latent_shape,
             "tokens": self.tokens,
             "steps": [
@@ -137,16 +142,17 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
     todo = resolve(spec, request, Request(**opened.defaults) if opened and opened.defaults else None)
     # one that goes to both experts says the same in each
     warnings += dict.fromkeys(warning for files in setup.loras.values() for file in files for warning in file.warnings)
-    if todo.image is not None:
-        todo = replace(todo, size=best_size(todo.size, image_size(Path(todo.image)), spec.vae_spec.grid))
-    elif todo.size not in (*spec.sizes, opened.defaults.get("size") if opened else None):
-        known = " ".join(f"{w}*{h}" for w, h in spec.sizes)
-        warnings.append(f"{spec.name} was not trained for {todo.size[0]}*{todo.size[1]}; it was for {known}")
+    framing = FRAME[spec.kind](todo, spec)
+    warnings += _untrained(spec, todo, opened)
+    if request.num_frames not in (None, framing.num_frames):
+        warnings.append(f"--frame_num {request.num_frames}: the video is enough for {framing.num_frames}")
+    todo = replace(todo, size=framing.size, num_frames=framing.num_frames)
     if config.offload_model and setup.device.type == "cpu":
         warnings.append("--offload_model True changes nothing: the device is the CPU, where the models are already")
     if setup.vae_dtype == "fp16" and setup.device.type == "cpu":
         warnings.append("--vae_dtype fp16 is very slow on a CPU; bf16 or fp32 is not")
-    latent_shape = spec.vae_spec.latent_shape(todo.size, todo.num_frames)
+    C, T, H, W = spec.vae_spec.latent_shape(todo.size, todo.num_frames)
+    latent_shape = C, T + framing.leading, H, W
     if todo.noise is not None:
         _check_noise(Path(todo.noise), latent_shape)
     tokens = prod(latent_shape[1:]) // prod(PATCH)
@@ -157,7 +163,7 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
     if step_cache.startswith("teacache") and any(target.startswith("time_") for target in targets):
         warnings.append("--step-cache teacache goes by the checkpoint's time embedding, which a LoRA changes; take magcache")
     memory = memory_plan(config, models, setup, latent_shape, todo, steps)
-    flops = _flops(models, steps, latent_shape, tokens, todo)
+    flops = _flops(models, spec, steps, framing, latent_shape, tokens, todo)
     if memory.decode_tiles > 1:
         times = _tiled_flops(models.vae, latent_shape, memory.decode_tiles) / flops["decode"]
         flops["decode"] *= times
@@ -174,6 +180,7 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
         linears=setup.linears,
         quality=setup.quality,
         checkpoint=opened,
+        framing=framing,
         latent_shape=latent_shape,
         tokens=tokens,
         steps=steps,
@@ -190,29 +197,6 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
         flops_8bit=_flops_8bit(models, setup, config, steps, tokens),
         warnings=tuple(warnings),
     )
-
-
-def best_size(area_size: tuple[int, int], image: tuple[int, int], grid: int) -> tuple[int, int]:
-    """(width, height) on the grid, within the area of `area_size`, closest to the shape of a picture.
-
-    Of the two candidates (width floored first, or height) the one whose aspect ratio is closer wins; the second on a tie.
-    """
-    area, ratio = area_size[0] * area_size[1], image[0] / image[1]
-    width = sqrt(area * ratio)
-    height = area / width
-    candidates = []
-    for side, flip in ((width, False), (height, True)):
-        first = floor(side / grid) * grid
-        second = floor(area / first / grid) * grid if first else 0
-        candidates.append((second, first) if flip else (first, second))
-    fitting = [c for c in candidates if min(c) >= grid]
-    if not fitting:
-        raise WanFastError(
-            f"an area of {area_size[0]}*{area_size[1]} is too small for a picture of {image[0]}*{image[1]} on the {grid}-pixel "
-            "grid; give a larger --size"
-        )
-    error = [max(ratio / (w / h), (w / h) / ratio) for w, h in fitting]
-    return fitting[0] if error[0] < error[-1] else fitting[-1]
 
 
 def _tiled_flops(dims: manifest.VaeDims, latent_shape: tuple[int, ...], tiles: int) -> float:
@@ -236,21 +220,44 @@ def _check_noise(file: Path, latent_shape: tuple[int, ...]) -> None:
 
 
 def _flops(
-    models: Models, steps: tuple[Step, ...], latent_shape: tuple[int, ...], tokens: int, request: Request
+    models: Models,
+    spec: TaskSpec,
+    steps: tuple[Step, ...],
+    framing: Framing,
+    latent_shape: tuple[int, ...],
+    tokens: int,
+    request: Resolved,
 ) -> dict[str, float]:
     forwards = sum(step.forwards for step in steps)
     dims = next(iter(models.experts.values()))
     used = len({step.expert for step in steps})
     texts = 1 if all(step.unconditional == "none" for step in steps) else 2
-    _, T, h, w = latent_shape
+    T, h, w = latent_shape[1] - framing.leading, *latent_shape[2:]
     flops = {
         "text": texts * (manifest.text_flops(models.text, 512) + used * manifest.dit_text_flops(dims)),
-        "denoise": forwards * manifest.dit_flops(dims, tokens),
+        "denoise": forwards * manifest.dit_flops(dims, tokens, spec.image_tokens)
+        + used * manifest.dit_inputs_flops(dims, tokens, spec.image_tokens),
         "decode": manifest.vae_flops(models.vae, "decoder", T, h, w),
     }
-    if request.image is not None:
-        flops["encode"] = manifest.vae_flops(models.vae, "encoder", 1, h, w)
+    if models.image is not None:
+        flops["image"] = spec.image_tokens // models.image.tokens * manifest.clip_flops(models.image)
+    if encoded := clips_encoded(spec, request, T):
+        flops["encode"] = sum(
+            manifest.vae_flops(models.vae, "encoder", frames, h, w, changing=changing) for frames, changing in encoded
+        )
     return flops
+
+
+def _untrained(spec: TaskSpec, todo: Resolved, opened: Checkpoint | None) -> list[str]:
+    """A word on a size, or an area, that the model was not trained for."""
+    own = opened.defaults.get("size") if opened else None
+    sizes = (*spec.sizes, tuple(own)) if own else spec.sizes
+    known = {prod(size) for size in sizes} if todo.is_area else {*sizes}
+    if (prod(todo.size) if todo.is_area else todo.size) in known:
+        return []
+    said = " ".join(f"{w}*{h}" for w, h in spec.sizes)
+    what = "an area of " * todo.is_area
+    return [f"{spec.name} was not trained for {what}{todo.size[0]}*{todo.size[1]}; it was for {said}"]
 
 
 def _flops_8bit(models: Models, setup: Setup, config: EngineConfig, steps: tuple[Step, ...], tokens: int) -> dict[str, float]:
@@ -266,12 +273,13 @@ def _flops_8bit(models: Models, setup: Setup, config: EngineConfig, steps: tuple
         for name, shape in shapes.items():
             linear = schemes.linear_of(name) or ""
             form = forms.get(step.expert, {}).get(linear)
-            if form and not linear.endswith(("cross_attn.k", "cross_attn.v")):  # those are computed once
+            if form and not linear.endswith((".k", ".v", ".k_img", ".v_img")):  # those are computed once
                 per_forward[form.precision] = per_forward.get(form.precision, 0) + 2.0 * tokens * prod(shape)
         if step.attention == "8-bit":
-            dims = models.experts[step.expert]
+            dims, keep = models.experts[step.expert], config.keep_blocks or 0
+            blocks = [i for i in (*range(dims.num_layers), *dims.vace_layers) if keep <= i < dims.num_layers - keep]
             for product in products:
-                count = 2.0 * tokens * tokens * dims.dim * (dims.num_layers - 2 * (config.keep_blocks or 0))
+                count = 2.0 * tokens * tokens * dims.dim * len(blocks)
                 per_forward[product] = per_forward.get(product, 0) + count
         for precision, count in per_forward.items():
             flops[precision] = flops.get(precision, 0) + step.forwards * count

@@ -1,12 +1,14 @@
 """Which linears of a DiT compute in 8 bits, and how: decided from file headers and the options. Standard library only.
 
-Those inside the blocks do: the joint q, k and v, self-attention's output, cross-attention's four, the feed-forward's two.
-Embeddings, head, time embedding, norms and modulation stay as they are, and so may whole blocks at both ends.
+Those inside the blocks do, the VACE branch's among them: the joint q, k and v, self-attention's output, cross-attention's four
+and two more where it looks at pictures, the feed-forward's two. Embeddings, head, time embedding, what joins a branch to the
+model, norms and modulation stay as they are, and so may whole blocks at both ends of the model.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil
@@ -16,9 +18,11 @@ from wan_fast.dialects import granularity
 from wan_fast.manifest import Shapes
 
 GROUP = 128
-# linears of a block, its q, k and v being one
-PER_BLOCK = 8
-_LINEAR = re.compile(r"(blocks\.(\d+)\.(?:self_attn\.(?:qkv|[qkvo])|cross_attn\.[qkvo]|ffn\.[02]))\.weight")
+_LINEAR = re.compile(
+    r"((?:vace_)?blocks\.\d+\.(?:self_attn\.(?:qkv|[qkvo])|cross_attn\.(?:[qkvo]|[kv]_img)|ffn\.[02]))\.weight"
+)
+# what blocks lie in, and where that is in words
+_STACKS = {"blocks": "", "vace_blocks": " of the VACE branch"}
 NAMES = {"fp8": "FP8 e4m3", "int8": "INT8"}
 SCALINGS = {
     "row": "a scale per token and per output channel",
@@ -53,6 +57,21 @@ def linear_of(name: str) -> str | None:
     return None if match is None else re.sub(r"self_attn\.[qkv]$", "self_attn.qkv", match[1])
 
 
+def linears_of(shapes: Shapes) -> tuple[str, ...]:
+    """All of a model's, as it has them, from native names."""
+    return tuple(dict.fromkeys(linear for name in shapes if (linear := linear_of(name))))
+
+
+def per_block(linears: Iterable[str]) -> Counter[tuple[str, int]]:
+    """("blocks" or "vace_blocks", number of the block) -> how many of these linears it has."""
+    return Counter((stack, int(number)) for stack, number, _ in (linear.split(".", 2) for linear in linears))
+
+
+def num_blocks(shapes: Shapes) -> int:
+    """The model's own, a branch's not counted."""
+    return 1 + max((number for stack, number in per_block(linears_of(shapes)) if stack == "blocks"), default=-1)
+
+
 def default_keep(num_layers: int) -> int:
     """Blocks at either end that are not quantised: 3 of 40, as published for Wan's 14B models, in proportion for others, and at
     least one, where blocks are left between. On `tiny`, of 6 blocks, one at either end makes FP8 1.5 dB better, two 4.6 dB;
@@ -66,12 +85,10 @@ def kept(num_layers: int, keep: int) -> list[int]:
 
 
 def quantized_at_load(shapes: Shapes, precision: str, scaling: str, keep: int) -> dict[str, Form]:
-    """Linear -> form, for a checkpoint whose weights are not in 8 bits."""
-    blocks = {int(match[2]) for name in shapes if (match := _LINEAR.fullmatch(name))}
-    without = set(kept(max(blocks, default=-1) + 1, keep))
+    """Linear -> form, for a checkpoint whose weights are not in 8 bits; `keep` counts the model's own blocks alone."""
+    without = tuple(f"blocks.{i}." for i in kept(num_blocks(shapes), keep))
     form = Form(precision, weight=scaling, input=scaling)
-    linears = ((linear_of(name), int(match[2])) for name in shapes if (match := _LINEAR.fullmatch(name)))
-    return {linear: form for linear, block in linears if linear and block not in without}
+    return {linear: form for linear in linears_of(shapes) if not linear.startswith(without)}
 
 
 def as_stored(
@@ -110,16 +127,21 @@ def scale_bytes(shape: tuple[int, ...], form: Form) -> int:
     return 4 * (ceil(N / GROUP) * ceil(K / GROUP) if form.weight == "block" else N)
 
 
-def described(forms: Mapping[str, Form], num_layers: int) -> str:
-    """In words: how many linears compute in what, and which blocks do not."""
+def described(forms: Mapping[str, Form], shapes: Shapes) -> str:
+    """In words: how many linears of a model of these shapes compute in what, and which blocks do not."""
     kinds = sorted({(form.precision, form.scaling) for form in forms.values()})
     how = ", ".join(f"{NAMES[precision]}, {SCALINGS[scaling]}" for precision, scaling in kinds)
-    blocks = {int(linear.split(".")[1]) for linear in forms}
-    without = [i for i in range(num_layers) if i not in blocks]
-    said = f"{len(forms)} linears of {len(blocks)} blocks: {how}"
-    if missing := PER_BLOCK * len(blocks) - len(forms):
+    there, here = per_block(linears_of(shapes)), per_block(forms)
+    counts, others = list[str](), list[str]()
+    for stack, where in _STACKS.items():
+        if blocks := [block for block in here if block[0] == stack]:
+            counts.append(f"{sum(here[block] for block in blocks)} linears of {len(blocks)} blocks{where}")
+        if without := sorted(number for own, number in there.keys() - here.keys() if own == stack):
+            others.append(f"blocks {_ranges(without)}{where}")
+    said = f"{' and '.join(counts)}: {how}"
+    if missing := sum(there[block] for block in here) - len(forms):
         said += f"; {missing} more of these are not"
-    return said + (f"; blocks {_ranges(without)} are not" if without else "")
+    return said + (f"; {' and '.join(others)} are not" if others else "")
 
 
 def _ranges(numbers: Iterable[int]) -> str:
@@ -192,7 +214,7 @@ def settle(
             "--scaling tensor needs calibrated scales, the checkpoint has none; write one with "
             "wan-fast quantize CKPT OUT --scheme fp8 --scaling tensor --calibrate PROMPTS.txt, or take --scaling row"
         )
-    layers = 1 + max((int(m[2]) for name in shapes if (m := _LINEAR.fullmatch(name))), default=-1)
+    layers = num_blocks(shapes)
     count = default_keep(layers) if keep is None else keep
     if 2 * count >= layers:
         raise WanFastError(f"--keep_blocks {count} at either end leaves none of {layers} blocks; take a smaller number")

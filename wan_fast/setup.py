@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from wan_fast import checkpoint as checkpoints
-from wan_fast import manifest
+from wan_fast import manifest, processes
 from wan_fast.backends import KernelChoice, kernel_plan, settle_forms
 from wan_fast.checkpoint import Checkpoint
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, WanFastError
@@ -14,6 +13,7 @@ from wan_fast.device import Device, describe
 from wan_fast.lora_files import LoraFile, open_loras
 from wan_fast.quality import settle
 from wan_fast.schemes import Form
+from wan_fast.single_files import open_configured
 from wan_fast.tasks import TaskSpec
 
 
@@ -24,16 +24,20 @@ class Models:
     experts: Mapping[str, manifest.DiTDims]
     text: manifest.Shapes
     vae: manifest.VaeDims
+    image: manifest.ClipDims | None
 
     @classmethod
     def of(cls, spec: TaskSpec, opened: Checkpoint | None) -> Models:
         if opened is None:
             dims = manifest.DiTDims.of_task(spec)
             text = manifest.text_shapes(256384, 4096, 4096, 10240, 64, 24)
-            return cls(experts=dict.fromkeys(spec.experts, dims), text=text, vae=manifest.VaeDims.of_spec(spec.vae_spec))
+            vae, image = manifest.VaeDims.of_spec(spec.vae_spec), manifest.CLIP if spec.image_tokens else None
+            return cls(experts=dict.fromkeys(spec.experts, dims), text=text, vae=vae, image=image)
         assert opened.text_encoder and opened.vae  # checked
         experts = {name: manifest.DiTDims.of_shapes(part.shapes, part.config) for name, part in opened.experts.items()}
-        return cls(experts=experts, text=opened.text_encoder.shapes, vae=manifest.VaeDims.of_shapes(opened.vae.shapes))
+        vae, clip = manifest.VaeDims.of_shapes(opened.vae.shapes), opened.image_encoder if spec.image_tokens else None
+        image = manifest.ClipDims.of_shapes(clip.shapes) if clip else None
+        return cls(experts=experts, text=opened.text_encoder.shapes, vae=vae, image=image)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +51,7 @@ class Setup:
     device: Device
     dtype: str
     vae_dtype: str
+    image_dtype: str
     kernels: tuple[KernelChoice, ...]
     checkpoint: Checkpoint | None
     forms: Mapping[str, Mapping[str, Form]] = field(default_factory=dict)
@@ -67,10 +72,9 @@ def set_up(config: EngineConfig, device: Device | None = None) -> Setup:
     Raises:
         WanFastError: something asked for is not there, or the checkpoint is not one of the task.
     """
-    path = checkpoints.locate(config.checkpoint, config.spec, download=False)
-    opened = checkpoints.open_checkpoint(path) if path else None
-    if opened:
-        checkpoints.check(opened, config.spec)
+    if processes.asked(config):  # a program of several processes may have an engine in each
+        processes.check(config)
+    opened = open_configured(config)
     device = device or describe(config.device)
     if config.cuda_graphs and device.type == "cpu":
         raise WanFastError("--cuda-graphs: the device is a CPU, which has none; leave it out")
@@ -94,6 +98,8 @@ def set_up(config: EngineConfig, device: Device | None = None) -> Setup:
         device=device,
         dtype=dtype,
         vae_dtype=vae_dtype,
+        # what the official encoder runs in
+        image_dtype="fp16" if dtype == "bf16" and device.type != "cpu" else "fp32",
         kernels=kernels,
         checkpoint=opened,
         forms=forms,

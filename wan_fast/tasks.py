@@ -14,9 +14,17 @@ PATCH = (1, 2, 2)
 # are twice the latent's: six convolutions per level, one per doubling and one in the head, of 3 x 3 each, are
 # 6 + (1 + 6) / 2 + (1 + 6 + 1) / 4 = 11.5.
 TILE_HALO = 12
+# How many chunks of 4 frames the result of the VAE's encoder depends on before its own, behind each level and at the end:
+# convolutions over two earlier frames, 1 + 4 of them, then 4 and one over a single frame to halve the frames: 19 frames,
+# 5 chunks; where a chunk is two frames 9, 5 chunks more; where it is one 18 chunks more.
+ENCODER_REACH = (3, 5, 10, 28)
 TEXT_LEN = 512
 TEXT_DIM = 4096
 FREQ_DIM = 256
+# of CLIP's image tower, and of a head there
+IMAGE_DIM, CLIP_HEAD_DIM = 1280, 80
+# what the VACE branch is given: latents of what stays, of what changes, and 8 x 8 pixels of the mask
+VACE_DIM = 16 + 16 + 64
 NUM_TRAIN_TIMESTEPS = 1000
 
 
@@ -154,6 +162,11 @@ class TaskSpec:
         return VAES[self.vae]
 
     @property
+    def has_ring(self) -> bool:
+        """Whether the official code of the model has ring attention: that of Wan 2.1 has."""
+        return "/Wan2.1-" in self.hub_id
+
+    @property
     def experts(self) -> tuple[str, ...]:
         """Names of the DiTs the task runs, in the order they run."""
         return ("high_noise", "low_noise") if self.boundary is not None else ("model",)
@@ -191,6 +204,7 @@ TASKS: dict[str, TaskSpec] = {
             "i2v-14B",
             "Wan2.1-I2V-14B-720P",
             kind="image",
+            wired=True,
             model_type="i2v",
             in_dim=36,
             num_steps=40,
@@ -206,6 +220,7 @@ TASKS: dict[str, TaskSpec] = {
             "Wan2.1-FLF2V-14B-720P",
             diffusers="-diffusers",
             kind="first_last",
+            wired=True,
             model_type="flf2v",
             in_dim=36,
             shift=16.0,
@@ -220,6 +235,7 @@ TASKS: dict[str, TaskSpec] = {
             "Wan2.1-VACE-1.3B",
             diffusers="-diffusers",
             kind="vace",
+            wired=True,
             model_type="vace",
             in_dim=16,
             shift=16.0,
@@ -233,6 +249,7 @@ TASKS: dict[str, TaskSpec] = {
             "Wan2.1-VACE-14B",
             diffusers="-diffusers",
             kind="vace",
+            wired=True,
             model_type="vace",
             in_dim=16,
             shift=16.0,
@@ -257,6 +274,7 @@ TASKS: dict[str, TaskSpec] = {
             "i2v-A14B",
             "Wan2.2-I2V-A14B",
             kind="image",
+            wired=True,
             model_type="i2v",
             in_dim=36,
             num_steps=40,

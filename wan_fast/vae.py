@@ -33,7 +33,7 @@ from wan_fast.kernels import (
     rms_norm_silu_,
 )
 from wan_fast.manifest import VaeDims, strips
-from wan_fast.tasks import TILE_HALO, VAES, VaeSpec
+from wan_fast.tasks import ENCODER_REACH, TILE_HALO, VAES, VaeSpec
 
 CHANNELS_LAST = torch.channels_last
 Run = Callable[[Any, Callable[[], Any]], Any]
@@ -47,11 +47,15 @@ class Stream:
         history: layer -> its last input frames [1 or 2, C, H, W]; a layer that is not in it has seen only zeros.
         tf32: whether convolutions in fp32 may round their factors to TF32 on a GPU.
         fixed: whether a layer's history stays where it is, at the price of a copy.
+        same: chunks in a row, this one among them, that were one tensor.
+        settled: level of the encoder -> its result, which such chunks no longer change.
     """
 
     def __init__(self) -> None:
         self.first = True
         self.fixed = False
+        self.same = 0
+        self.settled: tuple[int, Tensor] | None = None
         self.history: dict[nn.Module, Tensor] = {}
         self.tf32 = torch.backends.cudnn.allow_tf32
 
@@ -268,16 +272,34 @@ class Encoder(nn.Module):
             if level < 3:
                 layers.append(Downsample(wide, temporal=level > 0))
             levels += layers if version == "2.1" else [DownLevel(layers)]
+        self.per_level = len(levels) // 4 + (version == "2.1")
         self.downsamples = nn.ModuleList(levels)
         self.middle = middle(4 * dim)
         self.head = nn.ModuleDict({"0": RMSNorm(4 * dim), "2": CausalConv3d(4 * dim, out_channels)})
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        """x: [F, Cin, H, W], pixels. Returns: [F', 2C, H / 8, W / 8]."""
-        x = self.conv1(x, stream)
-        for layer in (*self.downsamples, *self.middle):
+        """x: [F, Cin, H, W], pixels. Returns: [F', 2C, H / 8, W / 8].
+
+        Of chunks that have long been the same, what no longer changes is taken from the one before: bit for bit what it would
+        be again.
+        """
+        start = 0
+        if stream.settled is not None:
+            start, x = stream.settled[0] + 1, stream.settled[1].clone()  # what follows writes over it
+        for level in range(start, 4):
+            x = self._level(level, x, stream)
+            if stream.same > ENCODER_REACH[level]:
+                stream.settled = level, x.clone()
+        return x
+
+    def _level(self, level: int, x: Tensor, stream: Stream) -> Tensor:
+        """One level; the first begins with what is before it, the last ends with what is behind."""
+        if level == 0:
+            x = self.conv1(x, stream)
+        layers = list(self.downsamples)[level * self.per_level : (level + 1) * self.per_level]
+        for layer in (*layers, *(self.middle if level == 3 else ())):
             x = layer(x, stream)
-        return self.head["2"](self.head["0"](x, silu=True, inplace=True), stream)
+        return self.head["2"](self.head["0"](x, silu=True, inplace=True), stream) if level == 3 else x
 
 
 class Decoder(nn.Module):
@@ -393,7 +415,8 @@ class WanVAE(nn.Module):
         """`encode` of a video that comes in chunks.
 
         Args:
-            chunks: tensors [3, F, H, W] in [-1, 1]: one frame first, then multiples of 4 frames.
+            chunks: tensors [3, F, H, W] in [-1, 1]: one frame first, then multiples of 4 frames. Where the same tensor comes
+                again and again, what no longer changes is not computed again.
             num_frames: 4n + 1, frames of all chunks together.
 
         Returns:
@@ -407,6 +430,7 @@ class WanVAE(nn.Module):
         parameter = self.conv1.weight
         mean, std = self._statistics(parameter.device)
         stream, latents, end = Stream(), None, 0
+        before = x = None
         for chunk in chunks:
             self._check_video(chunk)
             if chunk.shape[1] != 1 if stream.first else chunk.shape[1] % 4 or not chunk.shape[1]:
@@ -414,7 +438,10 @@ class WanVAE(nn.Module):
                     "a video is encoded in chunks of 1 frame and then of multiples of 4; this one, after "
                     f"{max(4 * end - 3, 0)} frames, holds {chunk.shape[1]}"
                 )
-            x = patchify(chunk.to(parameter), self.spec.patch)
+            if chunk is before:
+                stream.same += 1
+            else:
+                x, before, stream.same, stream.settled = patchify(chunk.to(parameter), self.spec.patch), chunk, 1, None
             mu = self.conv1(self.encoder(x, stream))[:, : self.channels]
             stream.first = False
             if latents is None:

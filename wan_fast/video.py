@@ -1,4 +1,4 @@
-"""Pictures in, clips out: PIL for images, PyAV for video. A file appears under its name only when it is whole."""
+"""Clips out: PIL for pictures, PyAV for video. A file appears under its name only when it is whole."""
 
 from __future__ import annotations
 
@@ -77,26 +77,6 @@ def _told(path: Path) -> Iterator[None]:
 def _scratch(path: Path) -> Path:
     # absolute: a name such as a:b.mp4 is else taken for a protocol
     return path.absolute().with_name(f".{os.getpid()}.{path.name}")
-
-
-def read_image(path: Path) -> Image.Image:
-    """The picture in a file, as RGB.
-
-    Raises:
-        WanFastError: the file is no picture, or only part of one.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise WanFastError(f"picture {str(path)!r} cannot be read ({error}); give a whole PNG, JPEG or WebP") from error
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) in pixels of a picture that can be read whole."""
-    return read_image(path).size
 
 
 def write(frames: Tensor, path: Path, fps: float) -> None:
