@@ -18,7 +18,9 @@ from models import write_native
 from PIL import Image
 from safetensors.torch import load_file
 
+from wan_fast import cli
 from wan_fast.cli import main
+from wan_fast.prompt_extension import Extended
 from wan_fast.tasks import TASKS
 
 RUN = "run --task ti2v-5B --ckpt_dir tiny --device cpu --prompt cat"
@@ -381,3 +383,67 @@ def test_a_run_says_its_schedule(tmp_path, capsys):
     assert main(["run", *words]) == 0
     out = capsys.readouterr().out
     assert "schedule    #..#..#.#  conditional" in out and "forwards    8 of 18" in out
+
+
+# --- a language model for the prompt ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def writer(monkeypatch):
+    """Stands in for the language model; what it was asked."""
+    asked = []
+
+    def extend(extension, prompt, pictures, **settings):
+        asked.append((prompt, [picture.size for picture in pictures], settings["seed"]))
+        note = "prompt not extended, used as it is: it is silent" if extension.prompt_extend_fallback else None
+        return Extended(prompt=prompt if note else "a red ball bounces on a white background", note=note)
+
+    monkeypatch.setattr(cli, "extend", extend)
+    monkeypatch.setenv("DASH_API_KEY", "k")
+    return asked
+
+
+EXTENDED = "--task ti2v-5B --ckpt_dir tiny --use_prompt_extend --prompt_extend_method dashscope --base_seed 3"
+
+
+def test_the_prompt_that_was_written_is_shown_and_used(writer, tmp_path, capsys):
+    picture, stats = tmp_path / "x.png", tmp_path / "stats.json"
+    Image.new("RGB", (64, 64)).save(picture)
+    small = f"{EXTENDED} --size 64*64 --frame_num 5 --sample_steps 1 --quiet --stats {stats} --save_file {tmp_path / 'x.mp4'}"
+    for prompt, given, shown in (("a ball", "", []), ("", f" --image {picture}", [(64, 64)])):
+        assert cli.main(["run", *f"{small}{given}".split(), "--prompt", prompt]) == 0
+        printed = capsys.readouterr().out
+        assert "prompt      to be written out by qwen-" in printed and "(dashscope), in zh" in printed
+        assert "prompt      a red ball bounces on a white background" in printed
+        assert writer.pop() == (prompt, shown, 3) and not writer
+        assert json.loads(stats.read_text())["plan"]["request"]["prompt"] == "a red ball bounces on a white background"
+
+
+def test_a_fallback_is_told(writer, tmp_path, capsys):
+    words = f"{EXTENDED} --prompt_extend_fallback --size 64*64 --frame_num 5 --sample_steps 1 --quiet".split()
+    assert cli.main(["run", *words, "--prompt", "a ball", "--save_file", str(tmp_path / "x.mp4")]) == 0
+    assert "warning     prompt not extended, used as it is: it is silent" in capsys.readouterr().out
+
+
+def test_a_plan_asks_no_language_model(writer, tmp_path, capsys):
+    picture = tmp_path / "x.png"
+    Image.new("RGB", (64, 64)).save(picture)
+    words = ["plan", *f"{EXTENDED} --image {picture} --json".split(), "--prompt", ""]
+    assert cli.main(words) == 0 and not writer
+    assert json.loads(capsys.readouterr().out)["request"]["prompt"] == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("--prompt x", "DASH_API_KEY is not set; set it"),
+        ("--prompt x --prompt_extend_method local_qwen --prompt_extend_model {folder}", "holds no model: no config.json"),
+        ("--prompt x --prompt_extend_method local_qwen --prompt_extend_model {folder}/absent", "does not exist; give a folder"),
+    ],
+)
+def test_what_is_missing_is_told_by_the_plan(change, says, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("DASH_API_KEY", raising=False)
+    for command in ("plan", "run"):
+        assert cli.main([command, *EXTENDED.split(), *change.format(folder=tmp_path).split()]) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1

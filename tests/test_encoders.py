@@ -1,13 +1,18 @@
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
-from models import relative_error
-from recipe import uniform
+from models import CLIP, random_clip, relative_error, write_native
+from recipe import recipe_tensor, uniform
 
 from wan_fast.checkpoint import locate, open_checkpoint
-from wan_fast.encoders import TextEncoder, Tokenizer, clean
+from wan_fast.dit import WanDiT
+from wan_fast.encoders import ImageEncoder, TextEncoder, Tokenizer, clean
 from wan_fast.loading import load_model
-from wan_fast.manifest import text_shapes
+from wan_fast.manifest import ClipDims, DiTDims, VaeDims, clip_shapes, text_shapes
 from wan_fast.tasks import TASKS
+from wan_fast.vae import WanVAE
 
 TINY = open_checkpoint(locate("tiny", TASKS["ti2v-5B"]))
 
@@ -69,3 +74,66 @@ def test_tokens_end_with_eos_and_stop_at_512():
 )
 def test_cleaning(text, cleaned):
     assert clean(text) == cleaned
+
+
+@torch.inference_mode()
+def test_official_image_tokens():
+    """Before the last of three layers, as the weights' numbers are those of all tensors in the order of their names."""
+    dims = ClipDims(dim=64, ffn_dim=256, num_heads=4, num_layers=2, patch=14, size=28)
+    others = {"visual.head": (64, 32), "visual.post_norm.weight": (64,), "visual.post_norm.bias": (64,)}
+    shapes = {**clip_shapes(replace(dims, num_layers=3)), **others}
+    shapes |= {"visual.cls_embedding": (1, 1, 64), "visual.pos_embedding": (1, 5, 64)}
+    weights = {}
+    for key, (name, shape) in enumerate(sorted(shapes.items())):
+        values = uniform(key, torch.Size(shape).numel())
+        if len(shape) > 1:
+            weights[name] = (values * (3 * shape[0] / values.numel()) ** 0.5).float().view(shape)
+        else:
+            weights[name] = (0.1 * values + ("norm" in name and name.endswith("weight"))).float()
+    used = {n: weights[n].view(shape) for n, shape in clip_shapes(dims).items()}
+    encoder = ImageEncoder(dims).requires_grad_(False).eval()
+    encoder.load_state_dict(used)
+    # it resizes and scales what it is given: the inverse of that
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.mean, encoder.std))
+    out = encoder((recipe_tensor((3, 28, 28), 1012) * std + mean - 0.5) / 0.5).flatten()
+    first = [-0.349059, 4.463136, -0.262810, -0.563630, 1.093315, -0.353532, -0.858320, 1.404030]
+    torch.testing.assert_close(out[:8], torch.tensor(first), atol=2e-5, rtol=0)
+    last = [-1.278096, 2.646205, 0.753604, -1.113950]
+    torch.testing.assert_close(out[-4:], torch.tensor(last), atol=2e-5, rtol=0)
+    assert out.abs().mean().item() == pytest.approx(1.4190527, abs=2e-6)
+
+
+@torch.inference_mode()
+def test_pictures_are_pressed_into_the_square_without_antialiasing():
+    dims, picture = CLIP, torch.rand(3, 67, 301) * 2 - 1
+    encoder = ImageEncoder(dims).requires_grad_(False).eval()
+    encoder.load_state_dict({name: random_clip()[name].reshape(shape) for name, shape in clip_shapes(dims).items()})
+    square = torch.nn.functional.interpolate(picture[None], size=(224, 224), mode="bicubic")[0]
+    assert relative_error(encoder(square), encoder(picture)) < 1e-6
+    smoothed = torch.nn.functional.interpolate(picture[None], size=(224, 224), mode="bicubic", antialias=True)[0]
+    assert relative_error(encoder(smoothed), encoder(picture)) > 1e-3
+
+
+@torch.inference_mode()
+def test_fp16_as_on_a_gpu_is_near():
+    exact = ImageEncoder(CLIP).requires_grad_(False).eval()
+    exact.load_state_dict({name: random_clip()[name].reshape(shape) for name, shape in clip_shapes(CLIP).items()})
+    picture = torch.rand(3, 60, 80) * 2 - 1
+    expected = exact(picture)
+    tokens = exact.half()(picture)
+    assert tokens.dtype == torch.float16 and relative_error(tokens, expected) < 4e-3
+
+
+def test_a_loaded_model_is_on_one_device(tmp_path):
+    """Also what is in no file: it has to be made where the weights go."""
+    opened = open_checkpoint(write_native(tmp_path, "flf2v-14B"))
+    dit, vae = opened.experts["model"], opened.vae
+    parts = {
+        partial(WanDiT, DiTDims.of_shapes(dit.shapes, dit.config)): dit,
+        partial(WanVAE, VaeDims.of_shapes(vae.shapes)): vae,
+        partial(TextEncoder, opened.text_encoder.shapes): opened.text_encoder,
+        partial(ImageEncoder, ClipDims.of_shapes(opened.image_encoder.shapes)): opened.image_encoder,
+    }
+    for build, part in parts.items():
+        model = load_model(build, part, "meta", lambda name: torch.float32)
+        assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}, build.func

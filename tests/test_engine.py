@@ -9,11 +9,15 @@ from models import official_grid, relative_error, write_native
 from safetensors.torch import save_file
 
 import wan_fast
+import wan_fast.engine as engine_module
 from bench.quality import emulated
 from wan_fast import Engine, EngineConfig, Request, WanFastError
 from wan_fast.checkpoint import locate
+from wan_fast.device import named
 from wan_fast.engine import DTYPES
+from wan_fast.examples import example
 from wan_fast.kernels import _op
+from wan_fast.setup import set_up
 from wan_fast.tasks import TASKS
 
 PROMPT = "A red ball &amp; its shadow  bounce"
@@ -229,11 +233,19 @@ def test_convert_model_dtype_rounds_every_weight_of_the_dit(tmp_path):
     assert torch.equal(plain.models["vae"].conv1.weight, rounded.models["vae"].conv1.weight)
 
 
-def test_offload_keeps_one_model_on_the_device(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("task", "moves"),
+    [
+        ("t2v-A14B", [["text"], ["high_noise"], ["low_noise"], ["vae"]]),
+        ("i2v-14B", [["vae"], ["text"], ["image"], ["model"], ["vae"]]),
+    ],
+)
+def test_offload_keeps_one_model_on_the_device(task, moves, tmp_path, monkeypatch):
     """Moves are recorded where they would happen; the picture stays the same."""
-    folder = write_native(tmp_path, "t2v-A14B")
-    config = EngineConfig(task="t2v-A14B", checkpoint=str(folder), device="cpu", no_cache=True)
-    request = Request(prompt="a cat", size=(32, 48), num_frames=5, num_steps=4, seed=0)
+    folder = write_native(tmp_path, task)
+    config = EngineConfig(task=task, checkpoint=str(folder), device="cpu", no_cache=True)
+    given = {**example(TASKS[task]), "prompt": "a cat"}
+    request = Request(**given, size=(32, 48), num_frames=5, num_steps=4, seed=0)
     engine = Engine(config)
     expected = engine.generate(request).latents
     names = {id(model): name for name, model in engine.models.items()}
@@ -250,7 +262,16 @@ def test_offload_keeps_one_model_on_the_device(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "device", torch.device("cpu:0"))  # another spelling of the same device, to tell moves apart
     assert torch.equal(engine.generate(request).latents, expected)
     assert max(map(len, trace)) == 1
-    assert [t for t in trace if t] == [["text"], ["high_noise"], ["low_noise"], ["vae"]] and not on_device
+    assert [t for t in trace if t] == moves and not on_device
+
+
+@pytest.mark.parametrize("task", [name for name, spec in TASKS.items() if spec.wired])
+def test_an_engine_that_knows_no_request_is_placed_for_the_tasks_own(task):
+    """On a card that holds all models, without the pictures that a request would bring."""
+    config = EngineConfig(task=task, vram=2**60)
+    assert engine_module._offload(config, set_up(replace(config, device="cpu"), named("h200")), None) is False
+    tight = replace(config, vram=40 * 2**30)
+    assert engine_module._offload(tight, set_up(replace(tight, device="cpu"), named("h200")), None) is ("14B" in task)
 
 
 # --- against diffusers ----------------------------------------------------------------------------------------------------

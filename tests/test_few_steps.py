@@ -19,6 +19,7 @@ from wan_fast import EngineConfig, Request, WanFastError, few_steps, plan
 from wan_fast.checkpoint import locate, open_checkpoint
 from wan_fast.config import resolve
 from wan_fast.engine import Engine
+from wan_fast.examples import example
 from wan_fast.few_steps import PRESETS, parse_preset
 from wan_fast.sampler import denoise
 from wan_fast.schedule import sampler_of
@@ -105,7 +106,7 @@ def picture(tmp_path_factory):
 
 
 def resolved(task, **given):
-    return resolve(TASKS[task], Request(**{"prompt": "a cat", "seed": 0, **given}))
+    return resolve(TASKS[task], Request(**{**example(TASKS[task]), "prompt": "a cat", "seed": 0, **given}))
 
 
 def sampler(case):

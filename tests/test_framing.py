@@ -102,7 +102,7 @@ def test_a_shorter_clip_is_a_smaller_budget():
 @pytest.fixture
 def planned(tmp_path):
     """(task, **request) -> its plan, of the released models' sizes."""
-    for name, size in {"a": (96, 64), "b": (64, 96), "tiny": (3, 200)}.items():
+    for name, size in {"a": (96, 64), "b": (64, 96), "tiny": (3, 200), "line": (1, 2000)}.items():
         Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
     for name, (frames, width) in {"video": (13, 96), "short": (9, 96), "narrow": (13, 80), "little": (5, 12)}.items():
         write_clip(tmp_path / f"{name}.mkv", noise(frames, 64, width))
@@ -129,8 +129,18 @@ def test_references_come_before_the_clip(planned):
 def test_footage_gives_shape_and_length(planned):
     todo = planned("vace-1.3B", src_video="video.mkv", size=(64, 96), num_frames=81)
     assert todo.request.size == (96, 64) and todo.request.num_frames == len(todo.framing.frames) == 13
-    assert any("--frame_num 81: the video is enough for 13" in warning for warning in todo.warnings)
+    # a larger area has tokens for more frames, which are not taken where their number was said
+    assert planned("vace-1.3B", src_video="video.mkv", size=(192, 128), num_frames=5).request.num_frames == 5
+    assert "--src_video has 13 frames, enough for 13" in todo.warnings
+    assert not any("enough" in warning for warning in planned("vace-1.3B", src_video="video.mkv", num_frames=13).warnings)
     assert planned("vace-1.3B", src_video="video.mkv", num_frames=None).request.num_frames == 13
+
+
+def test_other_lengths_between_two_pictures_are_said_to_be_beyond_the_official_code(planned):
+    pictures = {"first_frame": "a.png", "last_frame": "a.png"}
+    said = "33 frames: the official code makes 81 between two pictures"
+    assert said in planned("flf2v-14B", num_frames=33, **pictures).warnings
+    assert not any("official" in warning for warning in planned("flf2v-14B", num_frames=81, **pictures).warnings)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +156,24 @@ def test_footage_gives_shape_and_length(planned):
         ("i2v-14B", {"image": "broken.mp4"}, "picture .*broken.mp4"),
         ("vace-1.3B", {"src_mask": "video.mkv"}, "--src_mask .* there is none; give both"),
         ("vace-1.3B", {"src_video": "video.mkv", "src_mask": "short.mkv"}, "--src_mask has 9 frames, --src_video 13 frames"),
-        ("vace-1.3B", {"src_video": "video.mkv", "src_mask": "narrow.mkv"}, "--src_mask has 80x64, --src_video 96x64; make"),
+        (
+            "vace-1.3B",
+            {"src_video": "video.mkv", "src_mask": "narrow.mkv"},
+            "--src_mask has 80x64 pixels, --src_video 96x64 pixels; make",
+        ),
         ("vace-1.3B", {"src_video": "broken.mp4"}, "--src_video .*broken.mp4"),
         ("vace-1.3B", {"src_video": "little.mkv"}, "--src_video is 12x64 pixels, smaller than 16x16"),
         ("vace-1.3B", {"src_ref_images": ("a.png",) * 9}, "names 9 pictures, the most that are taken is 8"),
+        (
+            "vace-1.3B",
+            {"src_ref_images": ("line.png",)},
+            "line.png' is 1x2000 pixels, of which nothing is left in a clip of 96x64",
+        ),
+        (
+            "vace-1.3B",
+            {"src_video": "video.mkv", "src_ref_images": ("line.png",)},
+            "of which nothing is left in a clip of 96x64",
+        ),
         ("vace-1.3B", {"src_ref_images": ("a.png", "broken.mp4")}, "picture .*broken.mp4"),
         ("vace-1.3B", {"src_ref_images": ("a.png", "absent.png")}, "--src_ref_images .*absent.png' is not a file"),
         ("vace-1.3B", {"size": (100, 64)}, "not on the 16-pixel grid"),

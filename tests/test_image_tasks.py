@@ -193,7 +193,7 @@ def test_videos_equal_those_of_diffusers(pipes, media, task, given, monkeypatch)
     assert relative_error(frames, expected) < 1e-4
 
 
-@pytest.mark.parametrize("task", ["i2v-14B", "flf2v-14B", "vace-1.3B"])
+@pytest.mark.parametrize("task", GIVEN)
 def test_bf16_is_no_farther_than_that_of_diffusers(pipes, media, task, monkeypatch):
     pipe, folder = pipes(task)
     request = replace(request_of(task, media, GIVEN[task]), guidance_scale=4.0, shift=TASKS[task].shift)

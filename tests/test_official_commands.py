@@ -20,12 +20,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import wan_fast
+from wan_fast import cli
 from wan_fast.cli import _run_parser, main
 from wan_fast.config import INPUTS, EngineConfig, Request, WanFastError, parse_size, resolve
 from wan_fast.examples import FOLDER, example
 from wan_fast.flags import build
 from wan_fast.manifest import dit_shapes
 from wan_fast.processes import World, check
+from wan_fast.prompt_extension import Extended, PromptExtension
 from wan_fast.tasks import TASKS
 
 # of the shell variables in tests/test.sh; four processes, as the 12 heads of the 1.3B are not to be divided by eight
@@ -47,7 +49,6 @@ REFUSED_FLAGS = {
 # what VACE's own script has where its line says nothing
 SCRIPT_DEFAULTS = {"--task": "vace-1.3B", "--ckpt_dir": "models/Wan2.1-VACE-1.3B/", "--size": "480p"}
 OF_SEVERAL = {"--ulysses_size", "--ring_size", "--t5_fsdp", "--dit_fsdp"}
-EXTENSION = {"--use_prompt_extend", *(f"--prompt_extend_{what}" for what in ("method", "model", "target_lang"))}
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,10 @@ def words_with_files(line):
 def test_understood(line):
     parsed = _run_parser("run").parse_args(words_with_files(line))
     config, request, given = build(EngineConfig, parsed), build(Request, parsed), dict(line.options)
+    extension = build(PromptExtension, parsed)
+    assert extension.use_prompt_extend == ("--use_prompt_extend" in given)
+    for name in ("method", "model", "target_lang"):
+        assert getattr(extension, f"prompt_extend_{name}") == given.get(f"--prompt_extend_{name}")
     assert (config.task, config.checkpoint, request.prompt) == (line.task, given["--ckpt_dir"], given.get("--prompt"))
     assert (config.ulysses_size, config.ring_size) == (int(given.get("--ulysses_size", 1)), int(given.get("--ring_size", 1)))
     assert (config.t5_fsdp, config.dit_fsdp) == ("--t5_fsdp" in given, "--dit_fsdp" in given)
@@ -200,7 +205,7 @@ def small(line):
     """Its options with small values; what is made on the way is named in angle brackets."""
     options = []
     for flag, value in line.options:
-        if flag in OF_SEVERAL | EXTENSION:
+        if flag in OF_SEVERAL:
             continue
         if flag == "--size":
             (width, height), grid = parse_size(value), TASKS[line.task].vae_spec.grid
@@ -210,7 +215,7 @@ def small(line):
         elif flag in ("--src_video", "--src_mask", "--lora_dir"):
             value = f"<{flag}>"
         elif flag == "--prompt":
-            value = "a cat"
+            value = value and "a cat"
         elif flag == "--src_ref_images":
             value = ",".join(str(FOLDER / name) for name, _ in zip(("girl.jpg", "snake.jpg"), value.split(","), strict=False))
         elif flag.strip("-") in INPUTS:
@@ -261,12 +266,26 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("options", RUNS, ids=lambda options: id_of(RUNS[options]))
-def test_runs(options, made, tmp_path, capsys):
+def test_runs(options, made, tmp_path, capsys, monkeypatch):
     spec = TASKS[dict(options)["--task"]]
+    asked = []
+
+    def extended(extension, prompt, pictures, **settings):
+        asked.append((extension, prompt, len(pictures)))
+        return Extended(prompt=f"{prompt}, at length")
+
+    monkeypatch.setattr(cli, "extend", extended)
+    monkeypatch.setenv("DASH_API_KEY", "your_key")
     target = tmp_path / ("made.png" if spec.image_only else "made.mp4")
     words = [re.sub(r"^<(.+)>$", lambda name: made(name[1]), word) for word in words_of(options)]
     assert main(["run", *words, "--device", "cpu", "--quiet", "--save_file", str(target)]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out.splitlines()
+    given = dict(options)
+    assert len(asked) == ("--use_prompt_extend" in given)
+    for extension, prompt, pictures in asked:
+        assert f"prompt      {prompt}, at length" in printed
+        shown = len(spec.needs & {"image", "first_frame", "last_frame"}) or ("--image" in given)
+        assert pictures == shown and extension.prompt_extend_model == given.get("--prompt_extend_model")
     assert printed[-1] == str(target) and [p.name for p in tmp_path.iterdir()] == [target.name]
     said = re.search(r"(\d+)x(\d+), (\d+) frames", "\n".join(printed))
     width, height, frames = map(int, said.groups())

@@ -22,7 +22,7 @@ from wan_fast import processes
 from wan_fast.config import INPUTS, EngineConfig, Output, Request, WanFastError, with_seed
 from wan_fast.examples import example
 from wan_fast.flags import Parser, add_not_yet, add_options, build, refuse_not_yet
-from wan_fast.prompt_extension import PromptExtension, extend
+from wan_fast.prompt_extension import PromptExtension, check, described, extend
 from wan_fast.steps import LETTERS
 from wan_fast.tasks import TASKS
 
@@ -117,9 +117,11 @@ def _options(parsed: argparse.Namespace) -> tuple[EngineConfig, Request, PromptE
 
 def _planned(config: EngineConfig, request: Request, extension: PromptExtension, on: str | None = None) -> Plan:
     """The plan; a prompt that is still to be written may be empty."""
-    if extension.use_prompt_extend and not (request.prompt or "").strip() and _pictures(request):
-        request = replace(request, prompt="to be written")
-    return wan_fast.plan(config, request, on=on)
+    check(extension, bool(_pictures(request)))
+    if not extension.use_prompt_extend or (request.prompt or "").strip() or not _pictures(request):
+        return wan_fast.plan(config, request, on=on)
+    todo = wan_fast.plan(config, replace(request, prompt="one that is not written yet"), on=on)
+    return replace(todo, request=replace(todo.request, prompt=""))
 
 
 def _pictures(request: Request) -> list[Path]:
@@ -127,15 +129,14 @@ def _pictures(request: Request) -> list[Path]:
     return [Path(file) for name in ("image", "first_frame", "last_frame") for file in request.given(name)]
 
 
-def _extended(config: EngineConfig, request: Request, extension: PromptExtension) -> Request:
+def _extended(config: EngineConfig, request: Request, extension: PromptExtension, quiet: bool) -> Request:
     if not extension.use_prompt_extend:
         return request
     from wan_fast.media import read_image
 
-    print("extending   the prompt", flush=True)
     pictures = [read_image(file) for file in _pictures(request)]
     assert request.seed is not None
-    extended = extend(extension, request.prompt, pictures, seed=request.seed, device=config.device)
+    extended = extend(extension, request.prompt, pictures, seed=request.seed, device=config.device, quiet=quiet)
     print(f"warning     {extended.note}" if extended.note else f"prompt      {extended.prompt}", flush=True)
     return replace(request, prompt=extended.prompt)
 
@@ -155,9 +156,10 @@ def _run(words: Sequence[str]) -> int:
     todo = _planned(config, request, extension)
     target = _check_outputs(output, todo)
     _say_plan(todo, is_example=_nothing_asked(parsed))
+    _say_extension(request, extension)
     _say_attention(todo)
     _say_schedule(todo)
-    request = _extended(config, request, extension)
+    request = _extended(config, request, extension, output.quiet)
     print("starting    PyTorch and transformers", flush=True)
 
     from safetensors.torch import save_file
@@ -259,6 +261,7 @@ def _plan(words: Sequence[str]) -> int:
         print(json.dumps(todo.to_dict(), indent=1, ensure_ascii=False, default=str))
         return 0
     _say_plan(todo, is_example=_nothing_asked(parsed))
+    _say_extension(request, extension)
     _say_attention(todo)
     _say_schedule(todo, always=True)
     memory = todo.memory
@@ -269,6 +272,8 @@ def _plan(words: Sequence[str]) -> int:
     tiles = "whole frames" if memory.decode_tiles == 1 else f"in {memory.decode_tiles} strips"
     captured = f"of steps{' and of chunks' * memory.decode_graphs}, {memory.graphs} after a clip"
     print(f"decode      {chunk} at a time, {piece} of these in the upper levels, {tiles}; VAE in {todo.vae_dtype}")
+    if "image" in memory.peak:
+        print(f"pictures    image encoder in {todo.image_dtype}")
     print(f"graphs      {'off' if memory.graphs == 'off' else captured}")
     for (backend, why), kernels in groupby(todo.kernels, lambda kernel: (kernel.backend, kernel.why)):
         print(f"kernel      {', '.join(kernel.op for kernel in kernels)}: {backend} ({why})")
@@ -338,6 +343,11 @@ def _say_parts(todo: Plan) -> None:
     for name, part in parts.items():
         told = part if isinstance(part, (str, Path)) else f"{part.path} ({part.dtypes})"
         print(f"{names.get(name, name):11s} {told}")
+
+
+def _say_extension(request: Request, extension: PromptExtension) -> None:
+    if extension.use_prompt_extend:
+        print(f"prompt      {described(extension, bool(_pictures(request)))}", flush=True)
 
 
 _WORDS = {"#": "computed", ".": "reused", "~": "reconstructed", "0": "predicts nothing", "-": "none"}
@@ -461,8 +471,7 @@ def _quantize(words: Sequence[str]) -> int:
     print(f"size        {_size(written.bytes_before)} before, {_size(written.bytes_after)} now")
     if not TASKS[written.task].wired:
         print(f"note        this version cannot run {written.task} yet")
-    inputs = "".join(f" --{name} FILE" for name in sorted(TASKS[written.task].needs - {"prompt"}))
-    print(f'next        wan-fast run --task {written.task} --ckpt_dir {shlex.quote(str(written.path))}{inputs} --prompt "..."')
+    print(f'next        {_next(written.task, str(written.path))} --prompt "..."')
     print(written.path)
     return 0
 
@@ -495,12 +504,18 @@ def _calibrate(words: Sequence[str]) -> int:
         print(f"curve       {point.name:12s} {point.forwards:4d} passes  {point.psnr:5.1f} dB")
     for row in found.masks:
         print(f"mask        {row['mask']}  {row['mask'].count('#')} steps computed, {row['psnr']:.1f} dB")
-    run = f"wan-fast run --task {parsed.task} --ckpt_dir {shlex.quote(parsed.checkpoint)} --sample_steps {found.num_steps}"
+    run = f"{_next(parsed.task, parsed.checkpoint)} --sample_steps {found.num_steps}"
     given = f" --calibration {shlex.quote(recording.out)}" if recording.out else ""
     given += "".join(f" --lora {shlex.quote(lora)}" for lora in config.lora)
     print(f'next        {run}{given} --step-cache auto --prompt "..."')
     print(file)
     return 0
+
+
+def _next(task: str, checkpoint: str) -> str:
+    """A command that runs a checkpoint, but for the prompt."""
+    inputs = "".join(f" --{name} FILE" for name in sorted(TASKS[task].needs - {"prompt"}))
+    return f"wan-fast run --task {task} --ckpt_dir {shlex.quote(checkpoint)}{inputs}"
 
 
 def _task_of(checkpoint: str) -> str:

@@ -7,6 +7,7 @@ writes. The command line is generated from the fields; a field's `flags` are its
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 from collections.abc import Callable
@@ -93,9 +94,14 @@ def parse_experts(text: str, spec: TaskSpec) -> dict[str, str]:
     return {EXPERTS[name]: path for name, path in named}
 
 
+def parse_file(text: str) -> str:
+    """'~/a.png' -> '/home/me/a.png', which a shell does not do behind an equals sign."""
+    return os.path.expanduser(text)
+
+
 def parse_files(text: str) -> tuple[str, ...]:
     """'a.png,b.png' -> ('a.png', 'b.png')."""
-    files = tuple(part.strip() for part in text.split(","))
+    files = tuple(parse_file(part.strip()) for part in text.split(","))
     if not all(files):
         raise WanFastError(f"--src_ref_images must be FILE or FILE,FILE, got {text!r}; take out the empty one")
     return files
@@ -382,13 +388,21 @@ class Request:
     negative_prompt: str | None = option(
         None, "what it must not show; default: the model's official one", "--negative_prompt", unit="TEXT"
     )
-    image: str | None = option(None, "picture to start from (ti2v-5B: optional)", "--image", unit="FILE")
-    first_frame: str | None = option(None, "picture to start from, flf2v-14B", "--first_frame", unit="FILE")
-    last_frame: str | None = option(None, "picture to end with, flf2v-14B, of the same size", "--last_frame", unit="FILE")
-    src_video: str | None = option(
-        None, "video to follow or to change, vace: of poses, depth, or with --src_mask", "--src_video", unit="FILE"
+    image: str | None = option(None, "picture to start from (ti2v-5B: optional)", "--image", parse=parse_file, unit="FILE")
+    first_frame: str | None = option(None, "picture to start from, flf2v-14B", "--first_frame", parse=parse_file, unit="FILE")
+    last_frame: str | None = option(
+        None, "picture to end with, flf2v-14B, of the same size", "--last_frame", parse=parse_file, unit="FILE"
     )
-    src_mask: str | None = option(None, "video of what to make anew of --src_video, white, vace", "--src_mask", unit="FILE")
+    src_video: str | None = option(
+        None,
+        "video to follow or to change, vace: of poses, depth, or with --src_mask",
+        "--src_video",
+        parse=parse_file,
+        unit="FILE",
+    )
+    src_mask: str | None = option(
+        None, "video of what to make anew of --src_video, white, vace", "--src_mask", parse=parse_file, unit="FILE"
+    )
     src_ref_images: tuple[str, ...] = option(
         (), "pictures of what is to be seen, vace", "--src_ref_images", parse=parse_files, unit="FILE,FILE"
     )
@@ -432,6 +446,7 @@ class Request:
         None,
         "start from the tensor 'noise' [C, T, H, W] of this file instead of the seed",
         "--noise",
+        parse=parse_file,
         unit="SAFETENSORS",
     )
 
@@ -527,11 +542,11 @@ def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -
         WanFastError: the request does not fit the task.
     """
     for name in INPUTS:
-        given = ",".join(map(str, request.given(name)))
-        if given and name not in spec.takes:
-            fit = " ".join(name_ for name_, other in TASKS.items() if name in other.takes)
+        if (given := ",".join(map(str, request.given(name)))) and name not in spec.takes:
+            fit = " ".join(other.name for other in TASKS.values() if name in other.takes and other.wired)
             raise WanFastError(f"task {spec.name} takes no --{name} (given {given!r}); tasks that do: {fit}")
-        if not given and name in spec.needs:
+    for name in INPUTS:
+        if not request.given(name) and name in spec.needs:
             raise WanFastError(f"task {spec.name} needs --{name}, got none; add --{name} FILE")
     if request.context_scale != 1 and not spec.vace_layers:
         raise WanFastError(f"--context_scale is of the vace tasks, --task is {spec.name}; leave it out")
@@ -632,4 +647,4 @@ def _pair(scale: float | tuple[float, float]) -> tuple[float, float]:
 def _check_choice(options: Any, name: str, *allowed: str | None) -> None:
     value = getattr(options, name)
     if value not in allowed:
-        raise WanFastError(f"{name} must be one of {' '.join(filter(None, allowed))}, got {value!r}")
+        raise WanFastError(f"--{name} must be one of {' '.join(filter(None, allowed))}, got {value!r}")

@@ -18,7 +18,19 @@ _NEEDED = (
     *("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub"),
     *("av", "pillow", "numpy", "tqdm", "ftfy"),
 )
-_OPTIONAL = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers", "nvidia-modelopt", "cupy-cuda13x", "diffusers")
+_OPTIONAL = (
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "xformers",
+    "nvidia-modelopt",
+    "cupy-cuda13x",
+    "diffusers",
+    "gguf",
+    "sentencepiece",
+    "requests",
+    "torchvision",
+)
 
 
 def report() -> dict[str, dict[str, str]]:

@@ -125,11 +125,11 @@ class ImageEncoder(nn.Module):
                 for pattern, replacement in _IMAGE_NAMES:
                     own = re.sub(pattern, replacement, own)
                 renamed[f"model.{own}"] = piece
-        positions = renamed["model.embeddings.position_embedding.weight"].shape[0]
+        positions = renamed["model.embeddings.position_embedding.weight"]
         ids = {name for name, _ in self.named_buffers() if name.endswith("position_ids")}
         for name in ids:  # not kept in files
-            module = self.get_submodule(name.rpartition(".")[0])
-            module.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
+            module, numbers = self.get_submodule(name.rpartition(".")[0]), torch.arange(len(positions), device=positions.device)
+            module.register_buffer("position_ids", numbers[None], persistent=False)
         return super().load_state_dict(renamed, strict=strict, assign=assign)
 
     def forward(self, image: Tensor) -> Tensor:

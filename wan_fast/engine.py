@@ -24,6 +24,7 @@ from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request, WanFastError
 from wan_fast.dit import WanDiT
 from wan_fast.embeddings import Embeddings
 from wan_fast.encoders import ImageEncoder, TextEncoder, Tokenizer
+from wan_fast.examples import example
 from wan_fast.kernels import only_reference
 from wan_fast.loading import load_model, reload
 from wan_fast.memory import GIB
@@ -500,6 +501,6 @@ def _offload(config: EngineConfig, setup: Setup, request: Request | None) -> boo
     if request is not None:
         return plan(config, request, setup).memory.offload
     try:
-        return plan(config, Request(prompt="the default request"), setup).memory.offload
+        return plan(config, Request(**example(config.spec)), setup).memory.offload
     except WanFastError:  # not even with it: a smaller request may
         return True

@@ -16,11 +16,11 @@ from wan_fast.config import WanFastError
 
 T = TypeVar("T")
 
-# official flags and planned ones that this version knows but cannot follow: (takes a value, values that ask for nothing)
-_NOT_YET: dict[str, tuple[bool, tuple[str, ...]]] = {
-    **dict.fromkeys(("--src_root_path", "--refert_num", "--num_clip", "--audio", "--infer_frames"), (True, ())),
-    **dict.fromkeys(("--tts_prompt_audio", "--tts_prompt_text", "--tts_text", "--pose_video"), (True, ())),
-    **dict.fromkeys(("--replace_flag", "--use_relighting_lora", "--enable_tts", "--start_from_ref"), (False, ())),
+# official flags that this version knows but cannot follow: whether they take a value
+_NOT_YET: dict[str, bool] = {
+    **dict.fromkeys(("--src_root_path", "--refert_num", "--num_clip", "--audio", "--infer_frames"), True),
+    **dict.fromkeys(("--tts_prompt_audio", "--tts_prompt_text", "--tts_text", "--pose_video"), True),
+    **dict.fromkeys(("--replace_flag", "--use_relighting_lora", "--enable_tts", "--start_from_ref"), False),
 }
 # flags of other programs for Wan, and what to do here
 _ELSEWHERE = {
@@ -40,7 +40,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, epilog=epilog, allow_abbrev=False, formatter_class=_Help)
 
     def error(self, message: str) -> NoReturn:
-        raise WanFastError(message)
+        hint = "; quote what has spaces, and put commas between several files" if message.startswith("unrecognized") else ""
+        raise WanFastError(message + hint)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         try:
@@ -76,16 +77,15 @@ class _Help(argparse.HelpFormatter):
 
 def add_not_yet(parser: argparse.ArgumentParser) -> None:
     """Accept the flags of `_NOT_YET`; `refuse_not_yet` says which of them were given."""
-    for flag, (takes_value, _) in _NOT_YET.items():
+    for flag, takes_value in _NOT_YET.items():
         settings: dict[str, Any] = {} if takes_value else {"nargs": 0, "const": ""}
         parser.add_argument(flag, action=_Collect, dest="not_yet", help=argparse.SUPPRESS, default=[], **settings)
 
 
 def refuse_not_yet(parsed: argparse.Namespace) -> None:
-    """Raise if a flag was given that this version knows but cannot follow; values that ask for nothing pass."""
+    """Raise if a flag was given that this version knows but cannot follow."""
     for flag, value in parsed.not_yet:
-        if value not in _NOT_YET[flag][1]:
-            raise WanFastError(f"{flag} {value}".strip() + " is known, but this version cannot follow it yet; leave it out")
+        raise WanFastError(f"{flag} {value}".strip() + " is known, but this version cannot follow it yet; leave it out")
 
 
 class _Collect(argparse.Action):

@@ -51,10 +51,18 @@ def memory_plan(
     models: Models,
     setup: Setup,
     latent_shape: tuple[int, int, int, int],
+    decoded: int,
     request: Resolved,
     steps: tuple[Step, ...],
 ) -> MemoryPlan:
-    """Weights and working memory by stage; models take turns on the device only where the budget asks for it."""
+    """Weights and working memory by stage; models take turns on the device only where the budget asks for it.
+
+    Args:
+        config, models, setup, request, steps: of the plan.
+        latent_shape: [C, T, H, W] of what is denoised.
+        decoded: latent frames of it that are decoded.
+    """
+    clip_shape = (latent_shape[0], decoded, *latent_shape[2:])
     device, size = setup.device, 2 if setup.dtype == "bf16" else 4
     weights = {"text encoder": size * manifest.num_parameters(models.text)}
     for name, dims in models.experts.items():
@@ -79,7 +87,7 @@ def memory_plan(
     }
     if models.image is not None:
         at_work["image"], working["image"] = ["image encoder"], _image_bytes(models.image, image_size)
-    if encoded := clips_encoded(config.spec, request, latent_shape[1]):
+    if encoded := clips_encoded(config.spec, request, decoded):
         at_work["encode"] = ["VAE"]
         frames = 4 if any(latent_frames > 1 for latent_frames, _ in encoded) else 1
         working["encode"] = _encode_bytes(models.vae, latent_shape, vae_size, fused, frames)
@@ -88,7 +96,7 @@ def memory_plan(
     tiled = [(*DECODES[device.type][-1], tiles) for tiles in TILES if tiles <= max(latent_shape[2:])]
     placings = (False, True) if asked is None else (asked,)
     for offload, (chunk, piece, tiles) in (*product(placings, whole), *product(placings, tiled)):
-        working["decode"] = _decode_bytes(models.vae, latent_shape, chunk, piece, tiles, vae_size, fused)
+        working["decode"] = _decode_bytes(models.vae, clip_shape, chunk, piece, tiles, vae_size, fused)
         if tiles > 1 and device.type == "cpu":  # where the clip waits for its last strip
             working["decode"] += 3 * vae_size * prod(request.size) * request.num_frames
         # with offload one model at a time is on the device: of two experts the larger counts
@@ -102,7 +110,7 @@ def memory_plan(
             without = device.type == "cpu" or config.cuda_graphs is False or config.kernels == "reference"
             graphs = "off" if without or offload else "released"
             # a graph has memory of its own, beside that of the run that warmed it up
-            chunks = graphs != "off" and tiles == 1 and _short(config, models.vae, device, latent_shape, chunk)
+            chunks = graphs != "off" and tiles == 1 and _short(config, models.vae, device, clip_shape, chunk)
             twice = {stage: count + working["denoise"] for stage, count in peak.items()}
             twice["decode"] += chunks * working["decode"]
             if graphs != "off" and max(twice.values()) <= budget:

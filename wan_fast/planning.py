@@ -40,6 +40,7 @@ class Plan:
     device: Device
     dtype: str
     vae_dtype: str
+    image_dtype: str
     linears: str
     quality: str
     checkpoint: Checkpoint | None
@@ -93,6 +94,7 @@ class Plan:
             "device": dataclasses.asdict(self.device),
             "dtype": self.dtype,
             "vae_dtype": self.vae_dtype,
+            "image_dtype": self.image_dtype,
             "linears": self.linears,
             "quality": self.quality,
             "framing": dataclasses.asdict(self.framing),
@@ -142,10 +144,8 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
     todo = resolve(spec, request, Request(**opened.defaults) if opened and opened.defaults else None)
     # one that goes to both experts says the same in each
     warnings += dict.fromkeys(warning for files in setup.loras.values() for file in files for warning in file.warnings)
-    framing = FRAME[spec.kind](todo, spec)
-    warnings += _untrained(spec, todo, opened)
-    if request.num_frames not in (None, framing.num_frames):
-        warnings.append(f"--frame_num {request.num_frames}: the video is enough for {framing.num_frames}")
+    framing = FRAME[spec.kind](todo, spec, request.num_frames)
+    warnings += [*_untrained(spec, todo, opened), *filter(None, [framing.note])]
     todo = replace(todo, size=framing.size, num_frames=framing.num_frames)
     if config.offload_model and setup.device.type == "cpu":
         warnings.append("--offload_model True changes nothing: the device is the CPU, where the models are already")
@@ -162,10 +162,10 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
     targets = {target for files in setup.loras.values() for file in files if file.lora.strength for target in file.updates}
     if step_cache.startswith("teacache") and any(target.startswith("time_") for target in targets):
         warnings.append("--step-cache teacache goes by the checkpoint's time embedding, which a LoRA changes; take magcache")
-    memory = memory_plan(config, models, setup, latent_shape, todo, steps)
+    memory = memory_plan(config, models, setup, latent_shape, T, todo, steps)
     flops = _flops(models, spec, steps, framing, latent_shape, tokens, todo)
     if memory.decode_tiles > 1:
-        times = _tiled_flops(models.vae, latent_shape, memory.decode_tiles) / flops["decode"]
+        times = _tiled_flops(models.vae, (C, T, H, W), memory.decode_tiles) / flops["decode"]
         flops["decode"] *= times
         warnings.append(
             f"to keep the budget of {gib(memory.budget)} frames are decoded in {memory.decode_tiles} strips, the same pixels "
@@ -177,6 +177,7 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
         device=setup.device,
         dtype=setup.dtype,
         vae_dtype=setup.vae_dtype,
+        image_dtype=setup.image_dtype,
         linears=setup.linears,
         quality=setup.quality,
         checkpoint=opened,

@@ -10,6 +10,7 @@ import base64
 import gc
 import io
 import json
+import logging
 import os
 import re
 import time
@@ -135,6 +136,7 @@ def extend(
     *,
     seed: int,
     device: str = "auto",
+    quiet: bool = False,
     patience: Patience | None = None,
 ) -> Extended:
     """The prompt, written out by a language model; without `use_prompt_extend` as it is.
@@ -145,6 +147,7 @@ def extend(
         pictures: none, the first frame, or the first and the last one.
         seed: the same one repeats the answer; of the service as far as it keeps to it.
         device: what local_qwen runs on: auto, cpu, cuda or cuda:N. Its memory is free again afterwards.
+        quiet: transformers draws no progress bars from then on.
         patience: how long the service is waited for.
 
     Raises:
@@ -157,6 +160,10 @@ def extend(
         raise WanFastError(f"a prompt is extended with at most 2 pictures, got {len(pictures)}; give the first and last frame")
     if not prompt.strip() and not pictures:
         raise WanFastError('--use_prompt_extend needs a prompt or a picture, got neither; add --prompt "..."')
+    if quiet and options.prompt_extend_method != "dashscope":
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     try:
         return Extended(prompt=_written(options, prompt.strip(), pictures, seed, device, patience or Patience()))
     except WanFastError as error:
@@ -169,19 +176,46 @@ def extend(
     raise WanFastError(problem)
 
 
+def check(options: PromptExtension, pictures: bool) -> None:
+    """What can be said before anything is downloaded or loaded, and the service asked.
+
+    Raises:
+        WanFastError: the model or the key is missing, or it is a model of another kind; not where there is a fallback.
+    """
+    if not options.use_prompt_extend or options.prompt_extend_fallback:
+        return
+    method, model, _ = _chosen(options, pictures)
+    if method == "dashscope":
+        _account()
+    elif Path(source := _source(model)).is_dir():
+        _check_model(model, _config(model, source), pictures)
+
+
+def described(options: PromptExtension, pictures: bool) -> str:
+    """In words: which model writes the prompt, and in which language."""
+    method, model, language = _chosen(options, pictures)
+    return f"to be written out by {model} ({method}), in {language}"
+
+
+def _chosen(options: PromptExtension, pictures: bool) -> tuple[str, str, str]:
+    """(method, model, language)."""
+    method = options.prompt_extend_method or "local_qwen"
+    model = options.prompt_extend_model or _MODELS[method][pictures]
+    return method, model, options.prompt_extend_target_lang or "zh"
+
+
 def _written(
     options: PromptExtension, prompt: str, pictures: Sequence[Image], seed: int, device: str, patience: Patience
 ) -> str:
     """What the model answers, in one line."""
-    method, language = options.prompt_extend_method or "local_qwen", options.prompt_extend_target_lang or "zh"
-    model = options.prompt_extend_model or _MODELS[method][bool(pictures)]
+    method, model, language = _chosen(options, bool(pictures))
     instruction = _INSTRUCTIONS[bool(pictures), language] + (_TWO_PICTURES[language] if len(pictures) == 2 else "")
     prompt, pictures = prompt or _NO_PROMPT[language], [_small(picture) for picture in pictures]
     if method == "dashscope":
         answer = _ask_service(model, instruction, prompt, pictures, seed, patience)
     else:
         answer = _ask_local(model, instruction, prompt, pictures, seed, device)
-    line = " ".join(answer.split())
+    line = _one_line(answer)
     if not line:
         raise WanFastError(f"{model} answered the prompt with an empty one; take another --prompt_extend_model")
     return line
@@ -307,9 +341,14 @@ def _refused(response: Response) -> str:
 
 def _short(said: str) -> str:
     """What another program says, in one line, not too long, and without the key."""
-    line, key = " ".join(said.split()), os.environ.get(_KEY, "").strip()
+    line, key = _one_line(said), os.environ.get(_KEY, "").strip()
     line = line.replace(key, "***") if key else line
     return line if len(line) <= 200 else line[:200] + "..."
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, and what else a terminal would obey."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
 # this machine
@@ -360,16 +399,22 @@ def _config(model: str, source: str) -> dict[str, Any]:
     """The model's config.json, which is read before anything large is downloaded or loaded."""
     file = Path(source) / "config.json"
     if not Path(source).is_dir():
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+        log = logging.getLogger("huggingface_hub")
+        before = log.level
         try:
-            file = Path(hf_hub_download(source, "config.json"))
+            cached = try_to_load_from_cache(source, "config.json")
+            log.setLevel(logging.CRITICAL)  # of every attempt it warns
+            file = Path(cached if isinstance(cached, str) else hf_hub_download(source, "config.json"))
         except Exception as error:  # whatever the transport raises
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise WanFastError(
                 f"--prompt_extend_model {model} is neither a folder nor in the hub cache, and cannot be downloaded "
                 f"({_short(reason)}); give a folder"
             ) from None
+        finally:
+            log.setLevel(before)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

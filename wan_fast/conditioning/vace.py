@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from wan_fast.conditioning.image import grey_but_for
 from wan_fast.conditioning.prepared import Conditioning, Encoders, pixels_of, texts_of
 from wan_fast.config import Resolved
 from wan_fast.dit import Inputs
-from wan_fast.framing import Framing, Size
+from wan_fast.framing import Framing, Size, fitted_size
 from wan_fast.media import examine, read_frames, read_image
 
 if TYPE_CHECKING:
@@ -24,39 +24,33 @@ STRIDE = 8
 
 
 def prepare_vace(request: Resolved, framing: Framing, encoders: Encoders) -> Conditioning:
-    width, height = framing.size
-    grey = torch.zeros(3, height, width)
-    mask: Tensor | None = None
-    if request.src_video is None:
-        kept = changed = encoders.encode_video(grey_but_for({0: grey}, framing.num_frames), framing.num_frames)
-    elif request.src_mask is None:  # all of it is made anew
-        kept = encoders.encode_video(grey_but_for({0: grey}, framing.num_frames), framing.num_frames)
-        changed = encoders.encode_video(_chunks(request, framing, None), framing.num_frames)
-    else:
-        mask = torch.stack([*_masks(request, framing)])
-        kept = encoders.encode_video(_chunks(request, framing, ~mask), framing.num_frames)
-        changed = encoders.encode_video(_chunks(request, framing, mask), framing.num_frames)
+    (width, height), count = framing.size, framing.num_frames
+    grey = grey_but_for({0: torch.zeros(3, height, width)}, count)
+    # what is kept of the video, and what is made anew: without a mask all of it
+    kept = encoders.encode_video(_chunks(request, framing, anew=False) if request.src_mask else grey, count)
+    changed = encoders.encode_video(_chunks(request, framing, anew=True), count) if request.src_video else kept
     latents = torch.cat([kept, changed])
     references = [encoders.encode_video([fitted(read_image(Path(p)), framing.size)], 1) for p in request.src_ref_images]
     # in the order given, each beside nothing to change
     before = [torch.cat([reference, torch.zeros_like(reference)]) for reference in references]
     control = torch.cat([*before, latents], dim=1)
     channels = torch.zeros(STRIDE**2, *control.shape[1:], device=control.device)
-    channels[:, len(before) :] = 1 if mask is None else mask_channels(mask, latents.shape[1])
+    channels[:, len(before) :] = mask_channels(_masks(request, framing), count) if request.src_mask else 1
     return Conditioning(
         text=encoders.encode_text(texts_of(request)),
         inputs=Inputs(control=torch.cat([control, channels]), control_scale=request.context_scale),
     )
 
 
-def _chunks(request: Resolved, framing: Framing, shown: Tensor | None) -> Iterator[Tensor]:
-    """The video in chunks [3, f, H, W] of 1 frame and then 4, zero where `shown` [F, H, W] is not."""
+def _chunks(request: Resolved, framing: Framing, *, anew: bool) -> Iterator[Tensor]:
+    """The video in chunks [3, f, H, W] of 1 frame and then 4: what is made anew of it, or what is not, grey elsewhere."""
     assert request.src_video is not None
     video = examine(Path(request.src_video), "--src_video")
+    masks = _masks(request, framing) if request.src_mask else None
     waiting: list[Tensor] = []
     for index, frame in enumerate(read_frames(video, framing.frames)):
         pixels = covering(frame, framing.size).float() / 127.5 - 1
-        waiting.append(pixels if shown is None else pixels * shown[index])
+        waiting.append(pixels if masks is None else pixels * (next(masks) == anew))
         if index % 4 == 0:
             yield torch.stack(waiting, dim=1)
             waiting = []
@@ -90,18 +84,19 @@ def fitted(image: Image.Image, size: Size) -> Tensor:
     pixels, (width, height) = pixels_of(image), size
     if pixels.shape[1:] == (height, width):
         return pixels[:, None]
-    scale = min(height / pixels.shape[1], width / pixels.shape[2])
-    sides = int(pixels.shape[1] * scale), int(pixels.shape[2] * scale)
-    top, left = (height - sides[0]) // 2, (width - sides[1]) // 2
+    columns, rows = fitted_size(image.size, size)
+    top, left = (height - rows) // 2, (width - columns) // 2
     canvas = torch.ones(3, 1, height, width)
-    scaled = F.interpolate(pixels[None], size=sides, mode="bilinear", align_corners=False)[0]
-    canvas[:, 0, top : top + sides[0], left : left + sides[1]] = scaled
+    scaled = F.interpolate(pixels[None], size=(rows, columns), mode="bilinear", align_corners=False)[0]
+    canvas[:, 0, top : top + rows, left : left + columns] = scaled
     return canvas
 
 
-def mask_channels(mask: Tensor, latent_frames: int) -> Tensor:
-    """[F, H, W] -> [64, T, H / 8, W / 8] fp32: the pixels of each cell, row by row, of the frame nearest to a latent one."""
-    F_, H, W = mask.shape
-    nearest = [int((t + 0.5) * F_ / latent_frames) for t in range(latent_frames)]
-    cells = mask[nearest].view(latent_frames, H // STRIDE, STRIDE, W // STRIDE, STRIDE)
+def mask_channels(masks: Iterable[Tensor], num_frames: int) -> Tensor:
+    """`num_frames` of [H, W] -> [64, T, H / 8, W / 8] fp32: the pixels of each cell, row by row, of the frame nearest to a
+    latent one."""
+    latent_frames = (num_frames + 3) // 4
+    nearest = {int((t + 0.5) * num_frames / latent_frames) for t in range(latent_frames)}
+    mask = torch.stack([each for index, each in enumerate(masks) if index in nearest])
+    cells = mask.unflatten(2, (-1, STRIDE)).unflatten(1, (-1, STRIDE))  # [T, H / 8, 8, W / 8, 8]
     return cells.permute(2, 4, 0, 1, 3).flatten(0, 1).float()
