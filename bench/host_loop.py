@@ -10,7 +10,9 @@ alongside, so that another interpreter moves both.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -66,8 +68,10 @@ def sampler(count: int) -> None:
     denoise(steps, nothing, nothing)  # type: ignore[arg-type]
 
 
-def instructions(kind: str, count: int) -> int:
-    """Instructions of a process that does `count` steps of one kind.
+def instructions() -> dict[str, tuple[int, int]]:
+    """Instructions of both lengths of each kind, all counted in one process, as starting one takes most of the time.
+
+    A call of getppid, which nothing else makes, ends a part: callgrind writes what it has collected since the last one.
 
     Raises:
         RuntimeError: callgrind is not installed, or the process failed.
@@ -76,24 +80,39 @@ def instructions(kind: str, count: int) -> int:
     if valgrind is None:
         raise RuntimeError("valgrind is not installed; on Debian: apt install valgrind")
     with tempfile.TemporaryDirectory() as folder:
-        command = [valgrind, "--tool=callgrind", f"--callgrind-out-file={Path(folder, 'out')}", sys.executable, "-S"]
+        command = [valgrind, "--tool=callgrind", f"--callgrind-out-file={Path(folder, 'out')}", "--dump-before=getppid"]
         # hashes of strings decide how dictionaries are laid out; -S: nothing installed has a say
         environment = {"PYTHONHASHSEED": "0", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "PATH": "/usr/bin:/bin"}
-        command += ["-c", f"from bench.host_loop import {kind}; {kind}({count})"]
+        command += [sys.executable, "-S", "-c", "from bench.host_loop import counted; counted()"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         except subprocess.TimeoutExpired:
             raise RuntimeError("callgrind did not end within 300 s; is the machine busy?") from None
-    found = re.search(r"Collected\s*:\s*(\d+)", done.stderr)
-    if done.returncode or not found:
+        dumps = sorted(Path(folder).glob("out.*"), key=lambda file: int(file.suffix[1:]))
+        found = [re.search(r"^totals: (\d+)", file.read_text(), re.M) for file in dumps]
+    # what comes before the first call, then a part for each length
+    counts = [int(total[1]) for total in found if total]
+    if done.returncode or len(counts) != 1 + len(KINDS) * len(LENGTHS):
         raise RuntimeError(f"callgrind ended with {done.returncode}: {done.stderr[-1000:]}")
-    return int(found[1])
+    return {kind: (counts[1 + 2 * i], counts[2 + 2 * i]) for i, kind in enumerate(KINDS)}
+
+
+def counted() -> None:
+    """What runs under callgrind: each kind at each length, after a run that imports and warms up."""
+    kinds = [globals()[kind] for kind in KINDS]
+    for work in kinds:
+        work(LENGTHS[0])
+    gc.collect()
+    os.getppid()
+    for work in kinds:
+        for length in LENGTHS:
+            work(length)
+            os.getppid()
 
 
 def per_step() -> dict[str, float]:
     """Instructions per step of each kind; "yardstick" as counted, the others in yardsticks."""
-    short, long = LENGTHS
-    counts = {kind: (instructions(kind, long) - instructions(kind, short)) / (long - short) for kind in KINDS}
+    counts = {kind: (long - short) / (LENGTHS[1] - LENGTHS[0]) for kind, (short, long) in instructions().items()}
     return {kind: count if kind == "yardstick" else count / counts["yardstick"] for kind, count in counts.items()}
 
 

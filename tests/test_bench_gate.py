@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from test_bench_report import arm, results, row
 
-from bench import gate, host_loop
+from bench import gate, host_loop, peers
 from bench.peers import PEERS, parse, table
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +84,7 @@ def test_the_host_loop_keeps_its_instructions():
 def test_the_host_loop_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="apt install valgrind"):
-        host_loop.instructions("plan", 1)
+        host_loop.instructions()
 
 
 # --- logs of other engines ----------------------------------------------------------------------------------------------
@@ -136,7 +136,6 @@ def test_a_figure_that_an_engine_does_not_print():
     assert lines[2] == "| lightx2v | 250 ms | 2.75 s | 651 ms | 4.12 s | not measured |"
 
 
-@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="no checkout")
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
@@ -146,8 +145,14 @@ def test_a_figure_that_an_engine_does_not_print():
         ("sglang=nowhere.log", "nowhere.log"),
     ],
 )
-def test_bad_input(argument, said, tmp_path):
+def test_bad_input(argument, said, tmp_path, monkeypatch, capsys):
     (log := tmp_path / "x.log").write_text("nothing\n")
-    command = [sys.executable, "-m", "bench.peers", argument.format(log=log)]
+    monkeypatch.setattr(sys, "argv", ["peers", argument.format(log=log)])
+    assert peers.main() == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="no checkout")
+def test_bad_input_from_the_command_line():
+    command = [sys.executable, "-m", "bench.peers", "lightx3v=x.log"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "did you mean lightx2v" in done.stderr and "Traceback" not in done.stderr

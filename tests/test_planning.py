@@ -196,8 +196,9 @@ def test_encoding_memory_is_what_the_vae_takes(version, latents, frames):
 
 @pytest.mark.parametrize("version", ["2.1", "2.2"])
 def test_encoding_a_longer_clip_of_grey_takes_no_more_memory(version):
-    vae = WanVAE(VaeDims.of_spec(VAES[version])).to("meta").requires_grad_(False)
-    picture = torch.empty(3, 64, 64, device="meta")
+    with torch.device("meta"):
+        vae = WanVAE(VaeDims.of_spec(VAES[version])).requires_grad_(False)
+        picture = torch.empty(3, 64, 64)
 
     def encode(num_frames):
         return vae.encode_stream(grey_but_for({0: picture}, num_frames), num_frames)
@@ -209,8 +210,8 @@ def test_encoding_a_longer_clip_of_grey_takes_no_more_memory(version):
 
 @pytest.mark.parametrize("version", ["2.1", "2.2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("width", "size"), [(16, (12, 16)), (64, (8, 12))], ids=["narrow", "wide"])
-def test_memory_of_the_references_is_within_the_plan(version, dtype, width, size, monkeypatch):
+@pytest.mark.parametrize("width", [16, 64], ids=["narrow", "wide"])
+def test_memory_of_the_references_is_within_the_plan(version, dtype, width, monkeypatch):
     """On a CPU, where their bodies are called so that what they hold is seen."""
     for module, op, body in (
         ("causal_conv3d", "_op", "_reference"),
@@ -222,8 +223,13 @@ def test_memory_of_the_references_is_within_the_plan(version, dtype, width, size
         module = import_module(f"wan_fast.kernels.{module}")
         monkeypatch.setattr(module, op, getattr(module, body))
     dims = VaeDims(version=version, encoder_dim=width, decoder_dim=width, channels=VAES[version].channels)
-    vae = WanVAE(dims).requires_grad_(False).to(dtype)
-    latents = torch.randn(dims.channels, 3, *size)
+    with torch.device("meta"):
+        vae = WanVAE(dims).requires_grad_(False).to(dtype)
+    vae.to_empty(device="cpu")
+    for parameter in vae.parameters():
+        parameter.zero_()
+    # of the wide one the two upper levels are large enough for every form of the convolutions
+    latents = torch.randn(dims.channels, 3, 4, 6)
     for chunk, piece in ((2, 8), (1, 4), (1, 1)):
         measured = peak_bytes(
             lambda chunk=chunk, piece=piece: list(map(len, vae.decode_stream(latents, chunk=chunk, piece=piece)))
@@ -231,7 +237,7 @@ def test_memory_of_the_references_is_within_the_plan(version, dtype, width, size
         planned = memory._decode_bytes(dims, latents.shape, chunk, piece, 1, dtype.itemsize, fused=False)
         assert measured <= planned <= 1.6 * measured, (chunk, piece)
     for frames, length in ((1, 1), (4, 9)):
-        clip = torch.rand(3, length, *(side * vae.spec.stride[1] for side in size))
+        clip = torch.rand(3, length, *(side * vae.spec.stride[1] for side in latents.shape[2:]))
         measured = peak_bytes(lambda clip=clip: vae.encode(clip))
         planned = memory._encode_bytes(dims, latents.shape, dtype.itemsize, fused=False, frames=frames)
         assert measured <= planned <= 1.6 * measured, frames

@@ -181,11 +181,12 @@ def test_how_a_clip_is_cut_changes_nothing(version, dtype, monkeypatch):
     """Chunks of 1, 2, 3 and all latent frames, pieces of their frames, strips: in fp64 only a few last digits differ."""
     monkeypatch.setattr("wan_fast.kernels._check.FLOATS", (*FLOATS, torch.float64))
     monkeypatch.setattr(WanVAE, "_pixels", lambda self, x: unpatchify(x, self.spec.patch))  # not rounded to fp32, nor clamped
-    vae, limit = small_vae(version).to(dtype), 1e-10 if dtype == torch.float64 else 5e-6
+    vae = small_vae(version, encoder_dim=4, decoder_dim=4).to(dtype)
+    limit = 1e-10 if dtype == torch.float64 else 5e-6
     in_time = [*({"chunk": chunk} for chunk in (2, 3, 5)), *({"piece": piece} for piece in (1, 2, 3)), {"chunk": 2, "piece": 3}]
-    in_strips = [{"tiles": 2}, {"chunk": 3, "piece": 1, "tiles": 5}]
-    for (h, w), cuts in (((3, 2), in_time), ((2, 14), in_strips), ((13, 3), in_strips)):
-        latents = random_latents(vae, 5, h, w)
+    in_strips = [{"tiles": 2}, {"chunk": 2, "piece": 1, "tiles": 5}]
+    for (t, h, w), cuts in (((5, 3, 2), in_time), ((3, 1, 14), in_strips), ((3, 13, 1), in_strips)):
+        latents = random_latents(vae, t, h, w)
         one = torch.cat([*vae.decode_chunks(latents)], dim=1)
         for cut in cuts:
             assert relative_error(torch.cat([*vae.decode_chunks(latents, **cut)], dim=1), one) < limit, cut
@@ -258,7 +259,7 @@ def held():
 
 vae = small_vae(sys.argv[1], decoder_dim=4).to("cuda" if torch.cuda.is_available() else "cpu")
 torch.set_num_threads(1)
-for num_latents, h, w in ((2, 2, 2), (2, 24, 40), (6, 24, 40)):
+for num_latents, h, w in ((2, 2, 2), (2, 20, 32), (6, 20, 32)):
     latents = random_latents(vae, num_latents, h, w)
     count = sum(len(pixels) for pixels in vae.decode_stream(latents, piece=1))
     print(count, held() - latents.nbytes)
@@ -267,7 +268,7 @@ for num_latents, h, w in ((2, 2, 2), (2, 24, 40), (6, 24, 40)):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_longer_video_takes_no_more_memory(version):
-    """5 and then 21 frames, of 384 x 640 in 2.2, in a process of its own: what it holds at most does not grow.
+    """5 and then 21 frames, of 320 x 512 in 2.2, in a process of its own: what it holds at most does not grow.
 
     Beside what it holds at most of tiny ones, which is PyTorch and the model.
     """
@@ -368,7 +369,7 @@ def test_bf16_shows_the_picture_of_fp32_on_trained_weights():
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_bf16_shows_the_picture_of_fp32_at_full_width(version):
-    dims = VaeDims.of_spec(VAES[version])
+    dims = replace(VaeDims.of_spec(VAES[version]), encoder_dim=4)
     torch.manual_seed(0)
     vae = random_model(lambda: WanVAE(dims), vae_shapes(dims), torch.device("cpu"))
     latents = torch.randn(dims.channels, 2, 2, 3)
@@ -433,7 +434,7 @@ def test_videos_of_other_shapes_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_grey_that_goes_on_is_not_encoded_again_and_the_latents_are_the_same(version, dtype, monkeypatch):
     vae = random_vae(version).to(dtype)
-    first, last = (torch.rand(3, *(4 * side for side in vae.spec.stride[1:])) * 2 - 1 for _ in range(2))
+    first, last = (torch.rand(3, *(2 * side for side in vae.spec.stride[1:])) * 2 - 1 for _ in range(2))
     for frames, known in ((1, {}), (5, {}), (33, {}), (33, {17: last}), (149, {148: last})):
         chunks = list(grey_but_for({0: first, **known}, frames))
         video = torch.cat(chunks, dim=1)
@@ -446,10 +447,12 @@ def test_grey_that_goes_on_is_not_encoded_again_and_the_latents_are_the_same(ver
         assert torch.equal(latents, vae.encode(video)) and latents.shape[1] == len(chunks)
         if not known:
             assert [ran.count(n) for n in range(4)] == [min(len(chunks), reach + 2) for reach in ENCODER_REACH]
+    if dtype == torch.bfloat16:
+        return
     # it is as much as can be left out
+    chunks = list(grey_but_for({0: first}, 149))
+    latents = vae.encode(torch.cat(chunks, dim=1))
     for n in range(4):
         less = [reach - (n == i) for i, reach in enumerate(ENCODER_REACH)]
         monkeypatch.setattr(vae_module, "ENCODER_REACH", less)
-        chunks = list(grey_but_for({0: first}, 149))
-        if dtype == torch.float32:
-            assert not torch.equal(vae.encode_stream(chunks, 149), vae.encode(torch.cat(chunks, dim=1))), n
+        assert not torch.equal(vae.encode_stream(chunks, 149), latents), n
