@@ -7,7 +7,6 @@ writes. The command line is generated from the fields; a field's `flags` are its
 from __future__ import annotations
 
 import math
-import os
 import random
 import re
 from collections.abc import Callable
@@ -96,7 +95,7 @@ def parse_experts(text: str, spec: TaskSpec) -> dict[str, str]:
 
 def parse_file(text: str) -> str:
     """'~/a.png' -> '/home/me/a.png', which a shell does not do behind an equals sign."""
-    return os.path.expanduser(text)
+    return expanduser(text)
 
 
 def parse_files(text: str) -> tuple[str, ...]:
