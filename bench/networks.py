@@ -23,7 +23,8 @@ from wan_fast import manifest
 from wan_fast.attention import Attention, choose, first_that_runs, sdpa
 from wan_fast.checkpoint import locate, open_checkpoint
 from wan_fast.config import EngineConfig, Request
-from wan_fast.dit import Inputs, WanDiT, grid_of
+from wan_fast.dit import WanDiT, grid_of
+from wan_fast.inputs import Inputs
 from wan_fast.kernels import only_reference
 from wan_fast.manifest import DiTDims, VaeDims, stays_fp32
 from wan_fast.memory import DECODES

@@ -49,7 +49,7 @@ def official_step(
     grid = grid_of(latents.shape)
     if habits.text_every_step:
         context = model.prepare(text, grid, like=context)
-    x = model.embed(latents, context.channels)
+    x = model.embed(latents, context)
     K = model.dims.head_dim
     if habits.rotation_in_fp64:
         turn = rotation_table(grid, K, latents.device)

@@ -398,7 +398,7 @@ def written_out(engine: Engine, todo: Plan) -> Tensor:
     Returns:
         [C, T, H, W] fp32, the final latents.
     """
-    given = PREPARE[engine.spec.kind](todo.request, todo.framing, engine)
+    given = PREPARE[engine.spec.kind](todo.request, todo.framing, engine)(todo.framing.clips[0], None)
     generator = torch.Generator().manual_seed(todo.request.seed)
     x = torch.randn(todo.latent_shape, generator=generator)
     if todo.request.preset:  # rCM starts on its first noise level
@@ -416,12 +416,14 @@ def written_out(engine: Engine, todo: Plan) -> Tensor:
             how = getattr(step, branch)
             if how == "run":
                 if (step.expert, branch) not in contexts:
-                    contexts[step.expert, branch] = model.prepare([given.text[branch]], grid_of(x.shape), given.inputs)
+                    contexts[step.expert, branch] = model.prepare(
+                        [given.text[branch]], grid_of(x.shape), given.by_branch[branch]
+                    )
                 residuals[branch] = torch.empty(1, todo.tokens, model.dims.dim)
                 context = contexts[step.expert, branch]
                 velocity[branch] = model(x[None], time, context, split=given.split, residual=residuals[branch])[0]
             elif how == "reuse":
-                tokens = model.embed(x[None], contexts[step.expert, branch].channels) + residuals[branch]
+                tokens = model.embed(x[None], contexts[step.expert, branch]) + residuals[branch]
                 velocity[branch] = _resumed(model, tokens, grid_of(x.shape), time, given.split)
             elif how == "reconstruct":
                 low, (of_low, of_high) = _low(difference), step.difference

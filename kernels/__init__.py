@@ -14,7 +14,7 @@ if __name__ == "wan_fast.kernels":
     from .gemm_8bit import gemm_8bit, gemm_8bit_add, gemm_8bit_gelu
     from .guidance_step import guidance_step
     from .patchify import patchify, unpatchify
-    from .qk_norm_rope import qk_norm_rope, rope_table
+    from .qk_norm_rope import qk_norm_rope, rope_table, rope_table_of
     from .qk_norm_rope_quantized import keys_center, qk_norm_rope_quantized
     from .quantize_rows import Quantized, Quantizer, quantize_rows
     from .quantize_values import Values, quantize_values
@@ -54,6 +54,7 @@ if __name__ == "wan_fast.kernels":
         "rms_norm_silu",
         "rms_norm_silu_",
         "rope_table",
+        "rope_table_of",
         "unpatchify",
         "why_no_extension",
     ]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 import triton
@@ -34,17 +35,18 @@ _PER_PROGRAM = 16
 def _keys_center_kernel(
     x_ptr,  # [B, L, M, D]
     weight_ptr,  # [2, D]
-    table_ptr,  # [2, positions, K / 2] fp32
+    table_ptr,  # [2, rows, K / 2] fp32
     sums_ptr,  # [B, programs, D] fp32
     L,
     stride,
     token_stride,
-    positions,
+    rows,
     H,
     W,
     offset,
     EPS: tl.constexpr,
     ROPE: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     PER_PROGRAM: tl.constexpr,
@@ -66,7 +68,7 @@ def _keys_center_kernel(
         at = x_ptr + (b * L + token) * token_stride + N * K + place
         x = tl.load(at, mask=mask & (n < tl.where(token < L, N, 0)), other=0.0).to(tl.float32)
         total += normed_and_turned(
-            x, weight_ptr, place, mask, table_ptr, positions, number, H, W, EPS, ROPE, N, K, BLOCK_N, BLOCK_K
+            x, weight_ptr, place, mask, table_ptr, rows, number, H, W, EPS, ROPE, BY_TOKEN, N, K, BLOCK_N, BLOCK_K
         )
     tl.store(sums_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * (N * K) + place, total, mask=mask)
 
@@ -75,19 +77,20 @@ def _keys_center_kernel(
 def _qk_norm_rope_quantized_kernel(
     x_ptr,  # [B, L, M, D]
     weight_ptr,  # [2, D]
-    table_ptr,  # [2, positions, K / 2] fp32
+    table_ptr,  # [2, rows, K / 2] fp32
     center_ptr,  # [B, N, K] fp32
     values_ptr,  # [2, B, L, N, K] int8 or e4m3
     scale_ptr,  # [2, B, N, L] fp32
     B,
     L,
     token_stride,
-    positions,
+    rows,
     H,
     W,
     offset,
     EPS: tl.constexpr,
     ROPE: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
     CENTER: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -103,15 +106,16 @@ def _qk_norm_rope_quantized_kernel(
     place = n * K + k  # [BLOCK_N, BLOCK_K]
     x = tl.load(x_ptr + token * token_stride + part * (N * K) + place, mask=mask, other=0.0).to(tl.float32)
     weight_ptr += part * (N * K)
+    number = offset + place_in_clip
     y = normed_and_turned(
-        x, weight_ptr, place, mask, table_ptr, positions, offset + place_in_clip, H, W, EPS, ROPE, N, K, BLOCK_N, BLOCK_K
+        x, weight_ptr, place, mask, table_ptr, rows, number, H, W, EPS, ROPE, BY_TOKEN, N, K, BLOCK_N, BLOCK_K
     )
     if CENTER:
         y -= tl.load(center_ptr + b * (N * K) + place, mask=mask & (n < part * N), other=0.0)
     dtype: tl.constexpr = values_ptr.dtype.element_ty
     scale = scale_of(y, 1, dtype)  # [BLOCK_N]
-    rows = tl.arange(0, BLOCK_N)
-    tl.store(scale_ptr + ((part * B + b) * N + rows) * L + place_in_clip, scale, mask=rows < N)
+    head = tl.arange(0, BLOCK_N)
+    tl.store(scale_ptr + ((part * B + b) * N + head) * L + place_in_clip, scale, mask=head < N)
     q = in_8_bits(y, (1 / scale)[:, None], dtype)
     tl.store(values_ptr + ((part * B + b) * L + place_in_clip) * (N * K) + place, q, mask=mask)
 
@@ -130,6 +134,7 @@ def _launch_center(
     center = _fake_center(x, weight, table, grid, offset, heads, eps)
     B, L, _, D = x.shape
     K = D // heads
+    _, H, W = grid or (1, 1, 1)
     if not x.numel():
         return center.zero_()
     stride = max(L // _SAMPLES, 1)
@@ -145,11 +150,12 @@ def _launch_center(
             stride,
             x.stride(1),
             1 if table is None else table.shape[1],
-            grid[1],
-            grid[2],
+            H,
+            W,
             offset,
             EPS=eps,
             ROPE=table is not None,
+            BY_TOKEN=not grid,
             N=heads,
             K=K,
             PER_PROGRAM=_PER_PROGRAM,
@@ -191,7 +197,8 @@ def _normed_and_turned(
     y = (F.rms_norm(x.to(wide), (D,), eps=eps) * weight).unflatten(-1, (heads, -1))
     if table is None:
         return y
-    turn = rotation(table, grid[0] * grid[1] * grid[2], grid, 0, D // heads)[numbers]
+    tokens = prod(grid) if grid else table.shape[1]
+    turn = rotation(table, tokens, grid, 0, D // heads)[numbers]
     pairs = torch.view_as_complex(y.unflatten(-1, (-1, 2))) * turn
     return torch.view_as_real(pairs).flatten(-2).to(wide)
 
@@ -213,6 +220,7 @@ def _launch(
     values, scale = _fake(x, weight, table, center, grid, offset, heads, eps, dtype)
     B, L, _, D = x.shape
     K = D // heads
+    _, H, W = grid or (1, 1, 1)
     if x.numel():
         with torch.cuda.device_of(x):
             _qk_norm_rope_quantized_kernel[(B * L, 2)](
@@ -226,11 +234,12 @@ def _launch(
                 L,
                 x.stride(1),
                 1 if table is None else table.shape[1],
-                grid[1],
-                grid[2],
+                H,
+                W,
                 offset,
                 EPS=eps,
                 ROPE=table is not None,
+                BY_TOKEN=not grid,
                 CENTER=center is not None,
                 N=heads,
                 K=K,
@@ -283,7 +292,7 @@ def keys_center(
     weight: Tensor,
     table: Tensor | None,
     *,
-    grid: tuple[int, int, int] = (1, 1, 1),
+    grid: tuple[int, int, int] | None = (1, 1, 1),
     offset: int = 0,
     heads: int,
     eps: float = 1e-6,
@@ -293,8 +302,9 @@ def keys_center(
     Args:
         x: [B, L, M, D] fp32, bf16 or fp16, contiguous: M of 2 or more projections of each token, queries and keys first.
         weight: [2, D] fp32, bf16 or fp16, contiguous: the norms' weights.
-        table: [2, positions, K/2] fp32, contiguous, of `rope_table`; None leaves the turn out.
-        grid: (T, H, W) tokens of the whole clip.
+        table: [2, positions, K/2] fp32, contiguous, of `rope_table`, or by token, [2, tokens, K/2], of `rope_table_of`; None
+            leaves the turn out.
+        grid: (T, H, W) tokens of the whole clip; None where the table is by token.
         offset: number of the first token of `x` within the clip.
         heads: D is heads of K = D / heads channels, K even.
         eps: added to the mean square.
@@ -306,7 +316,7 @@ def keys_center(
         ValueError: shapes, dtypes or strides are others, or tokens lie outside the grid or the table.
     """
     _checked("keys_center", x, weight, table, grid, offset, heads)
-    return _op_center(x, weight, table, grid, offset, heads, eps)
+    return _op_center(x, weight, table, grid or (), offset, heads, eps)
 
 
 def qk_norm_rope_quantized(
@@ -315,7 +325,7 @@ def qk_norm_rope_quantized(
     table: Tensor | None,
     center: Tensor | None,
     *,
-    grid: tuple[int, int, int] = (1, 1, 1),
+    grid: tuple[int, int, int] | None = (1, 1, 1),
     offset: int = 0,
     heads: int,
     eps: float = 1e-6,
@@ -326,9 +336,10 @@ def qk_norm_rope_quantized(
     Args:
         x: [B, L, M, D] fp32, bf16 or fp16, contiguous: M of 2 or more projections of each token, queries and keys first.
         weight: [2, D] fp32, bf16 or fp16, contiguous: the norms' weights.
-        table: [2, positions, K/2] fp32, contiguous, of `rope_table`; None leaves the turn out.
+        table: [2, positions, K/2] fp32, contiguous, of `rope_table`, or by token, [2, tokens, K/2], of `rope_table_of`; None
+            leaves the turn out.
         center: [B, N, K] fp32, contiguous, of `keys_center`, taken from the keys; None takes nothing.
-        grid: (T, H, W) tokens of the whole clip.
+        grid: (T, H, W) tokens of the whole clip; None where the table is by token.
         offset: number of the first token of `x` within the clip.
         heads: D is heads of K = D / heads channels, K even.
         eps: added to the mean square.
@@ -349,11 +360,11 @@ def qk_norm_rope_quantized(
         _check.dtypes(op, (torch.float32,), center=center)
         _check.one_device(op, x=x, center=center)
         _check.dense(op, center=center)
-    return Quantized(*_op(x, weight, table, center, grid, offset, heads, eps, dtype))
+    return Quantized(*_op(x, weight, table, center, grid or (), offset, heads, eps, dtype))
 
 
 def _checked(
-    op: str, x: Tensor, weight: Tensor, table: Tensor | None, grid: tuple[int, int, int], offset: int, heads: int
+    op: str, x: Tensor, weight: Tensor, table: Tensor | None, grid: tuple[int, int, int] | None, offset: int, heads: int
 ) -> None:
     check(op, x, weight, table, grid, offset, heads)
     _check.shapes(op, "weight [2, D], of queries and keys", weight.shape[0] == 2, weight=weight)

@@ -1,19 +1,25 @@
 """Adapter for the acceptance cases: every method calls the code that `wan-fast run` uses."""
 
 import os
+import wave
+from contextlib import nullcontext
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
 from wan_fast import checkpoint, manifest
 from wan_fast.config import EngineConfig, Request
-from wan_fast.dit import Inputs, WanDiT, grid_of
+from wan_fast.dit import WanDiT, grid_of
 from wan_fast.encoders import ImageEncoder, TextEncoder, Tokenizer
 from wan_fast.engine import Engine
+from wan_fast.inputs import Inputs
 from wan_fast.loading import load_model
 from wan_fast.solver import Solver
 from wan_fast.steps import Step, official, sigma_grid, solver_rows
@@ -27,6 +33,8 @@ TASK = {
     "ti2v": "ti2v-5B",
     "t2v_A14B": "t2v-A14B",
     "i2v_A14B": "i2v-A14B",
+    "s2v": "s2v-14B",
+    "animate": "animate-14B",
 }
 PICTURES = {"flf2v": {"image_u8": "first_frame", "last_image_u8": "last_frame"}}
 FP32 = torch.float32
@@ -69,6 +77,8 @@ class Adapter:
         dims = manifest.DiTDims.of_shapes(part.shapes, part.config)
         model = load_model(lambda: WanDiT(dims), part, "cpu", lambda name: FP32)
         timestep, split = rows_and_split(inputs["t"].float())
+        if variant == "s2v":  # what is not the clip's own is at timestep 0
+            timestep, split = F.pad(timestep, (0, 1)), prod(grid_of(inputs["x"].shape))
         return torch.cat([self._velocity(model, inputs, timestep, split, i) for i in range(len(timestep))])
 
     def _velocity(self, model, inputs, timestep, split, i):
@@ -79,6 +89,11 @@ class Adapter:
             image=None if clip is None else clip.chunk(len(timestep))[i],
             control=inputs["vace_context"][i] if "vace_context" in inputs else None,
             control_scale=inputs.get("vace_context_scale", 1.0),
+            reference=inputs["ref_latents"][i] if "ref_latents" in inputs else None,
+            motion=None if inputs.get("drop_motion_frames", True) else inputs["motion_latents"][i],
+            pose=next((inputs[name][i] for name in ("cond_states", "pose_latents") if name in inputs), None),
+            face=inputs["face_pixel_values"][i] if "face_pixel_values" in inputs else None,
+            audio=inputs["audio_input"][i] if "audio_input" in inputs else None,
         )
         context = model.prepare(inputs["context"][i : i + 1], grid_of(x.shape), given)
         return model(x, timestep[i : i + 1], context, split=split)
@@ -89,12 +104,13 @@ class Adapter:
         engine = Engine(EngineConfig(task=TASK[variant], checkpoint=str(ckpt), device="cpu", dtype="fp32"))
         chunks = []
         with TemporaryDirectory() as folder:
-            save_file({"noise": tensors["noise"].contiguous()}, f"{folder}/noise.safetensors")
+            noises = {name: noise.contiguous() for name, noise in tensors.items() if name.startswith("noise")}
+            save_file(noises, f"{folder}/noise.safetensors")
             request = Request(
                 prompt=meta["prompt"],
                 negative_prompt=meta["n_prompt"],
                 size=size_of(meta),
-                num_frames=meta["frame_num"],
+                num_frames=meta.get("frame_num") or meta.get("clip_len"),
                 num_steps=meta["sampling_steps"],
                 shift=meta["shift"],
                 guidance_scale=tuple(meta["guide_scale"]) if isinstance(meta["guide_scale"], list) else meta["guide_scale"],
@@ -113,13 +129,29 @@ class Adapter:
                     src_ref_images=tuple(references),
                     context_scale=meta["context_scale"],
                 )
-            engine.generate(request, on_frames=chunks.append)
+            if variant == "animate":
+                request = replace(
+                    request, src_root_path=driving(tensors, folder), refert_num=meta["refert_num"], replace_flag=meta["replace"]
+                )
+            given = nullcontext()
+            if variant == "s2v":
+                request = replace(
+                    request,
+                    image=picture(tensors["ref_u8"], f"{folder}/image.png"),
+                    audio=meta.get("wav") or hiss(f"{folder}/sound.wav"),
+                    num_clip=meta["num_repeat"],
+                    infer_frames=meta["infer_frames"],
+                )
+                if "wav" not in meta:  # what is heard is given
+                    given = patch("wan_fast.conditioning.speech.bucketed", lambda *_: tensors["audio_emb"][0])
+            with given:
+                engine.generate(request, on_frames=chunks.append)
         return torch.cat(chunks, dim=1)
 
 
 def size_of(meta):
     """Width and height; where the size is an area, any two factors of it."""
-    width, height = meta.get("size") or meta["img"]
+    width, height = meta.get("size") or meta.get("img") or (meta["max_area"], 1)
     area = meta.get("max_area", width * height)
     if area == width * height:
         return width, height
@@ -132,11 +164,31 @@ def picture(pixels, file):
     return file
 
 
+def driving(tensors, folder):
+    """Write the files of Animate's preprocessing; returns the folder."""
+    videos = {name: tensors[f"{name}_u8"] for name in ("pose", "bg") if f"{name}_u8" in tensors}
+    videos["face"] = tensors["face_u8_32"].repeat_interleave(16, 1).repeat_interleave(16, 2)
+    if "mask_u8" in tensors:
+        videos["mask"] = tensors["mask_u8"][..., None].expand(-1, -1, -1, 3)
+    for name, frames in videos.items():
+        lossless(frames, f"{folder}/src_{name}.mp4")
+    picture(tensors["ref_u8"], f"{folder}/src_ref.png")
+    return folder
+
+
+def hiss(file, seconds=2):
+    """Write a sound; returns the file."""
+    with wave.open(file, "wb") as sound:
+        sound.setparams((1, 2, 16000, 0, "NONE", ""))
+        sound.writeframes(torch.randint(-9999, 9999, (16000 * seconds,), dtype=torch.int16).numpy().tobytes())
+    return file
+
+
 def lossless(frames, file):
     """Write frames [F, H, W, 3] uint8 as they are; returns the file."""
     import av
 
-    with av.open(file, "w") as container:
+    with av.open(file, "w", format="matroska") as container:
         stream = container.add_stream("ffv1", rate=16)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
         for frame in frames:

@@ -113,16 +113,27 @@ def _gated(B: int, L: int, D: int, R_gate: int, R: int, split: int, x_dtype: tor
     return inputs
 
 
-def _rope(B: int, grid: tuple[int, int, int], heads: int, K: int, M: int, P: int, tokens: slice = slice(None)) -> Inputs:
-    """The part `tokens` of a clip; without a turn where M is 1."""
-    first, last, _ = tokens.indices(prod(grid))
+def _rope(B: int, size: tuple[int, ...], heads: int, K: int, M: int, P: int, tokens: slice = slice(None)) -> Inputs:
+    """The part `tokens` of a clip of size (T, H, W), or of (tokens,) off the grid; without a turn where M is 1."""
+    first, last, _ = tokens.indices(prod(size))
+    grid = size if len(size) == 3 else ()
 
     def inputs(dtype: torch.dtype) -> tuple[Any, ...]:
         x, weight = _randn(B, last - first, M, heads * K).to(dtype), _randn(P, heads * K, seed=1).to(dtype)
-        table = None if M == 1 else kernels.rope_table(max(grid) + 1, K)
+        if M == 1:
+            table = None
+        elif grid:
+            table = kernels.rope_table(max(grid) + 1, K)
+        else:
+            table = kernels.rope_table_of(_places(*size), K)
         return x, weight, table, grid, first, heads, 1e-6
 
     return inputs
+
+
+def _places(tokens: int) -> Tensor:
+    """[tokens, 3]: any times from -19 to 30, any rows and columns."""
+    return torch.randint(50, (tokens, 3), generator=torch.Generator().manual_seed(tokens)) - torch.tensor([19, 0, 0])
 
 
 def _gelu(*shape: int, bias: bool = True) -> Inputs:
@@ -143,6 +154,10 @@ def _guidance(C: int, T: int, H: int, W: int, known: int, guided: bool, noised: 
         return *clips, weights, _randn(C, known, H, W) if known else None, noise
 
     return inputs
+
+
+def _size(size: tuple[int, ...]) -> str:
+    return "x".join(map(str, size)) + "-by-token" * (len(size) == 1)
 
 
 def _dtypes_of_rows(*shape: int) -> tuple[torch.dtype, ...]:
@@ -178,14 +193,17 @@ def _cases() -> list[Case]:
     ]  # fmt: skip
     gated.append(Case("gated_residual_adaln", "stream-in-the-dtype", _gated(1, 5, 96, 2, 2, 3, None)))
     rope = [
-        Case("qk_norm_rope", f"B{B}-{T}x{H}x{W}-N{N}-K{K}-{P}of{M}-from{part.start}", _rope(B, (T, H, W), N, K, M, P, part))
-        for B, (T, H, W), N, K, M, P, part in [
+        Case("qk_norm_rope", f"B{B}-{_size(size)}-N{N}-K{K}-{P}of{M}-from{part.start}", _rope(B, size, N, K, M, P, part))
+        for B, size, N, K, M, P, part in [
             (2, (2, 3, 2), 4, 24, 3, 2, slice(0, None)), (1, (3, 2, 5), 1, 128, 3, 2, slice(7, 19)),
             (2, (2, 3, 2), 3, 32, 3, 3, slice(5, None)), (2, (1, 2, 2), 3, 32, 1, 1, slice(0, None)),
             (1, (1, 1, 3), 12, 128, 3, 2, slice(0, None)), (1, (1, 3, 1), 24, 128, 3, 2, slice(1, None)),
             (1, (2, 1, 1), 40, 128, 3, 2, slice(0, None)), (1, (1, 1, 2), 24, 128, 1, 1, slice(0, None)),
             (1, (2, 1, 1), 1, 2, 2, 1, slice(0, 0)), (1, (21, 30, 52), 2, 128, 3, 2, slice(32755, None)),
             (1, (31, 22, 40), 2, 128, 3, 2, slice(27275, None)), (1, (21, 45, 80), 2, 128, 3, 2, slice(75595, None)),
+            (2, (7,), 4, 24, 3, 2, slice(0, None)), (1, (23,), 1, 128, 3, 2, slice(7, 19)),
+            (2, (11,), 3, 32, 3, 3, slice(5, 10)), (1, (3,), 40, 128, 3, 2, slice(1, None)),
+            (1, (63360,), 2, 8, 3, 2, slice(63355, None)), (1, (2,), 1, 2, 2, 1, slice(0, 0)),
         ]
     ]  # fmt: skip
     gelu = [
@@ -598,21 +616,25 @@ def _attention_cases() -> list[Case]:
         for name, eight in eights
         for id, attend in _ATTENDS.items()
     ]
-    for name, (B, (T, H, W), N, K, M, part, turned, centred) in {
+    for name, (B, size, N, K, M, part, turned, centred) in {
         "clip": (2, (2, 3, 2), 4, 24, 3, slice(0, None), True, True),
         "part": (1, (3, 2, 5), 1, 128, 3, slice(7, 19), True, True),
         "not-turned": (2, (2, 3, 2), 3, 32, 2, slice(0, None), False, True),
         "not-centred": (1, (2, 1, 3), 24, 128, 3, slice(0, None), True, False),
         "none": (1, (2, 1, 1), 1, 2, 2, slice(0, 0), True, True),
+        "by-token": (2, (7,), 4, 24, 3, slice(0, None), True, True),
+        "by-token-part": (2, (23,), 3, 128, 3, slice(7, 18), True, True),
+        "by-token-none": (1, (2,), 1, 2, 2, slice(0, 0), True, False),
     }.items():
-        inputs = partial(_centred, _rope(B, (T, H, W), N, K, M, 2, part), turned)
+        inputs = partial(_centred, _rope(B, size, N, K, M, 2, part), turned)
         cases.append(Case("keys_center", name, partial(inputs, "")))
         cases += [
             Case("qk_norm_rope_quantized", f"{id}-{name}", partial(inputs, "centred" if centred else "plain", eight=eight))
             for id, eight in eights
         ]
     # a sample of the clip's keys, with one beyond its end
-    cases.append(Case("keys_center", "sample", partial(_centred, _rope(1, (3, 25, 41), 1, 8, 2, 2), True, "")))
+    for name, size in (("sample", (3, 25, 41)), ("by-token-sample", (3075,))):
+        cases.append(Case("keys_center", name, partial(_centred, _rope(1, size, 1, 8, 2, 2), True, "")))
     for S, N, K, B, interleaved in [
         (1, 1, 1, 1, False), (32, 1, 8, 1, False), (37, 3, 64, 2, False), (37, 3, 64, 2, True), (130, 2, 128, 1, True),
         (1100, 1, 8, 1, False),
@@ -716,6 +738,8 @@ def _meta(*shape: int) -> Callable[[torch.dtype], Tensor]:
     return lambda dtype: torch.empty(shape, dtype=dtype, device="meta")
 
 
+# tokens of speech-to-video's later clips at 1024 x 704: 20 latent frames, a reference and 1.5 frames' worth of history
+_S2V_TOKENS = 63360
 # task, (T, H, W) tokens, width, feed-forward width, channels of the latents, modulation rows, tokens of row 0
 _TASKS = (
     ("t2v-1.3B-480p", (21, 30, 52), 1536, 8960, 16, 1, 0),
@@ -752,6 +776,8 @@ def _real_dit_cases() -> list[RealCase]:
         add("guidance_step", f"{task}-noised", _args(*clips, _meta32(11), known, clips[0]), 64, 11)
         add("patchify", task, _args(_meta32(1, *latents), itself), 80, None)
         add("unpatchify", task, _args(_meta32(1, L, 4 * C), (T, 2 * H, 2 * W)), 80, 0, None)
+    packed, weight, table = _meta(1, _S2V_TOKENS, 3, 5120), _meta32(2, 5120), _meta32(2, _S2V_TOKENS, 64)
+    cases.append(RealCase("qk_norm_rope", "s2v-14B-720p", _args(packed, weight, table, (), 0, 40, 1e-6), 64, 2, 0))
     return cases
 
 
@@ -794,10 +820,13 @@ def _real_8bit_cases() -> list[RealCase]:
 def _real_attention_cases() -> list[RealCase]:
     """Self-attention of the longest clip and of one whose tokens no tile divides; what comes before it at each width."""
     cases = []
-    for task, (T, H, W), D, *_ in _TASKS:
-        packed, weight, table = _meta(1, T * H * W, 3, D), _meta32(2, D), _meta32(2, max(T, H, W), 64)
-        settings = (T, H, W), 0, D // 128, 1e-6
-        cases.append(RealCase("keys_center", task, _args(packed, weight, table, *settings), 128, 10, 0))
+    on_grids = [(task, grid, prod(grid), max(grid), D) for task, grid, D, *_ in _TASKS]
+    for task, grid, L, rows, D in [*on_grids, ("s2v-14B-720p", (), _S2V_TOKENS, _S2V_TOKENS, 5120)]:
+        packed, weight, table = _meta(1, L, 3, D), _meta32(2, D), _meta32(2, rows, 64)
+        settings = grid, 0, D // 128, 1e-6
+        # rows of a table by token are loaded whole
+        narrow = 10 if grid else 2
+        cases.append(RealCase("keys_center", task, _args(packed, weight, table, *settings), 128, narrow, 0))
         center = _meta32(1, D // 128, 128)
         for name, eight in (("int8", INT8), ("fp8", FP8)):
             if eight == INT8 or task == "ti2v-5B-720p":
@@ -805,11 +834,12 @@ def _real_attention_cases() -> list[RealCase]:
                 since = 89 if eight == FP8 else 80
                 id = f"{name}-{task}"
                 cases.append(
-                    RealCase("qk_norm_rope_quantized", id, inputs, 96, 20, None, since=since, dtypes=(torch.bfloat16,))
+                    RealCase("qk_norm_rope_quantized", id, inputs, 96, 2 * narrow, None, since=since, dtypes=(torch.bfloat16,))
                 )
+    for task, _, L, _, D in on_grids:
         values = partial(
             _on_meta,
-            lambda dtype, N=D // 128, L=T * H * W: (torch.empty(1, L, 3, N, 128, dtype=dtype, device="meta")[:, :, 2], False),
+            lambda dtype, N=D // 128, L=L: (torch.empty(1, L, 3, N, 128, dtype=dtype, device="meta")[:, :, 2], False),
         )
         cases.append(RealCase("quantize_values", task, values, 128, 2, None, since=89, dtypes=(torch.bfloat16,)))
     attends = {

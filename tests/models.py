@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from wan_fast.checkpoint import locate, open_checkpoint, read_tensors
 from wan_fast.dit import WanDiT
 from wan_fast.manifest import ClipDims, DiTDims, VaeDims, clip_shapes
+from wan_fast.manifest.animate import FaceDims
+from wan_fast.manifest.speech import SpeechDims
 from wan_fast.steps import sigma_grid
 from wan_fast.tasks import TASKS, VACE_DIM, VAES
 from wan_fast.vae import WanVAE
@@ -27,6 +29,8 @@ def random_dit(dims, seed=0):
     model = WanDiT(dims).requires_grad_(False).eval()
     for name, parameter in model.state_dict().items():
         scale = 0.1 if parameter.ndim == 1 else (parameter.shape[0] / parameter.numel()) ** 0.5
+        if name.startswith("motion_encoder.") and parameter.ndim > 1:  # scaled as they are used
+            scale = 1
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         if "norm" in name and name.endswith("weight"):
             parameter += 1
@@ -53,13 +57,15 @@ def write_native(folder, task, *, shards=1, dtype=torch.float32, layers=2, width
     torch.save(text, folder / "models_t5_umt5-xxl-enc-bf16.pth")
     if spec.image_tokens:
         torch.save(random_clip(), folder / "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth")
+    if spec.kind == "speech":
+        write_audio_encoder(folder / "wav2vec2-large-xlsr-53-english")
     shutil.copytree(tiny.tokenizer, folder / "google" / "umt5-xxl")
     return folder
 
 
 def small_dims(task, *, layers=2, width=256, text_dim=64):
     """A narrow model of a task's kind."""
-    spec = TASKS[task]
+    spec, speech = TASKS[task], SpeechDims(layers=tuple(range(0, layers, 2)), audio_layers=4, audio_dim=32)
     return DiTDims(
         dim=width,
         ffn_dim=320,
@@ -72,7 +78,24 @@ def small_dims(task, *, layers=2, width=256, text_dim=64):
         image_positions=spec.image_tokens if spec.kind == "first_last" else 0,
         vace_layers=tuple(range(0, layers, 2)) if spec.vace_layers else (),
         vace_dim=VACE_DIM if spec.vace_layers else 0,
+        speech=speech if spec.extension == "speech" else None,
+        face=FaceDims(**FACE, layers=tuple(range(0, layers, 5))) if spec.extension == "face" else None,
     )
+
+
+# of faces of 16 x 16
+FACE = dict(channels=(4, 6, 8), motion_dim=12, directions=5, width=16, heads=2)
+
+
+def write_audio_encoder(folder, seed=0):
+    """A small wav2vec2 of the released form, as transformers writes it."""
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "conv_dim": [16] * 7}
+    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    form = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
+    Wav2Vec2Model(Wav2Vec2Config(**sizes, **positions, **form)).save_pretrained(folder)
 
 
 # two of its layers run; as many tokens as the released one has
@@ -102,6 +125,7 @@ def write_dit(folder, state, dims, shards=1):
         "text_len": 512,
         "eps": 1e-6,
         **({"vace_layers": list(dims.vace_layers), "vace_in_dim": dims.vace_dim} if dims.vace_layers else {}),
+        **({"audio_inject_layers": list(dims.speech.layers)} if dims.speech else {}),
     }
     (folder / "config.json").write_text(json.dumps(config))
     stem = "diffusion_pytorch_model"

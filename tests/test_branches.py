@@ -1,6 +1,7 @@
 """What a plan's rows do to the velocities: reuse, reconstruction, CFG-Zero*."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -40,6 +41,10 @@ def clips(count):
     return [torch.randn(SHAPE, generator=torch.Generator().manual_seed(i)) for i in range(count)]
 
 
+def resume(model, latents, timestep, split, residual, context):
+    return model.resume(latents[None], timestep, residual, context, split=split)[0]
+
+
 @pytest.mark.parametrize("split", [0, 12])
 @torch.inference_mode()
 def test_a_reused_step_adds_the_last_residual_to_its_own_tokens(split):
@@ -50,16 +55,17 @@ def test_a_reused_step_adds_the_last_residual_to_its_own_tokens(split):
     residual = {}
     for step, latents in zip(steps, clips(6), strict=True):
         wanted, found = exact(computed(step), latents), made(step, latents)
+        resumed = partial(resume, model, latents, made.timesteps[step.index], split)
         for name, v, w in zip(("conditional", "unconditional"), found, wanted, strict=True):
             if getattr(step, name) == "run":
                 assert torch.equal(v, w)
                 residual[name] = made.residuals[name].clone()
                 # the residual of this very step gives this very velocity
-                again = model.resume(latents[None], made.timesteps[step.index], residual[name], split=split)[0]
+                again = resumed(residual[name], made.contexts["model", name])
                 torch.testing.assert_close(again, w, atol=1e-5, rtol=1e-5)
             else:
                 assert not torch.allclose(v, w, atol=1e-3), "a stale residual makes no difference: the test sees nothing"
-                kept = model.resume(latents[None], made.timesteps[step.index], residual[name], split=split)[0]
+                kept = resumed(residual[name], made.contexts["model", name])
                 assert torch.equal(v, kept)
 
 
@@ -112,7 +118,8 @@ def test_residuals_of_two_experts_do_not_mix():
         if step.conditional == "run":
             kept = {step.expert: made.residuals["conditional"].clone()}
         else:
-            own = models[step.expert].resume(latents[None], made.timesteps[step.index], kept[step.expert])[0]
+            context = made.contexts[step.expert, "conditional"]
+            own = models[step.expert].resume(latents[None], made.timesteps[step.index], kept[step.expert], context)[0]
             assert torch.equal(found, own)
 
 

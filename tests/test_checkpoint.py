@@ -63,7 +63,7 @@ def test_native_layout_opens_checks_and_reads_back(tmp_path, task, shards, dtype
 
 def test_width_does_not_tell_tasks_apart_but_kind_does(tmp_path, native):
     opened = open_checkpoint(write_native(tmp_path, "t2v-14B"))
-    assert tasks_of(opened) == ["t2v-1.3B", "t2v-14B", "t2i-14B"]
+    assert tasks_of(opened) == ["t2v-1.3B", "t2v-14B", "t2i-14B", "phantom-1.3B", "phantom-14B"]
     assert tasks_of(open_checkpoint(native)) == ["ti2v-5B"]
     assert_refused(native, "t2v-A14B does not fit", "fits ti2v-5B", spec=TASKS["t2v-A14B"])
 

@@ -71,8 +71,8 @@ def picture_cut_in_half(folder):
 REFUSED = {
     "unknown task": (RUN.replace("ti2v-5B", "ti2v-5b"), "unknown task 'ti2v-5b'; did you mean ti2v-5B?"),
     "task not wired": (
-        RUN.replace("ti2v-5B", "animate-14B"),
-        "animate-14B is known but cannot run in this version yet",
+        RUN.replace("ti2v-5B", "s2v-14B"),
+        "s2v-14B is known but cannot run in this version yet",
     ),
     "no task": ("run --prompt x", "--task"),
     "unknown flag": (f"{RUN} --sampel_steps 4", "unknown flag --sampel_steps; did you mean --sample_steps?"),

@@ -64,7 +64,7 @@ def prepared(tmp_path):
         request = resolve(spec, Request(prompt="x", size=SIZE, num_frames=FRAMES, seed=0, **files))
         framing = FRAME[spec.kind](request, spec, None)
         request = replace(request, size=framing.size, num_frames=framing.num_frames)
-        return PREPARE[spec.kind](request, framing, seen), seen
+        return PREPARE[spec.kind](request, framing, seen)(framing.clips[0], None), seen
 
     prepared.folder = tmp_path
     return prepared

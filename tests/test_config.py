@@ -160,7 +160,7 @@ def test_size_stays_on_the_grid_and_within_the_area(width, height, image_width, 
 
 
 def test_task_table():
-    assert len(TASKS) == 12
+    assert len(TASKS) == 15
     for name, spec in TASKS.items():
         assert spec.name == name
         assert spec.dim == 128 * spec.num_heads

@@ -6,7 +6,7 @@ from models import random_dit, relative_error
 from recipe import recipe_tensor, recipe_weights
 
 from wan_fast.dit import WanDiT, grid_of, sinusoid
-from wan_fast.kernels import qk_norm_rope, rope_table
+from wan_fast.kernels import qk_norm_rope, rope_table, rope_table_of
 from wan_fast.manifest import DiTDims, stays_fp32
 from wan_fast.names import DIT_NAMES, native_name
 
@@ -66,6 +66,20 @@ def test_rope_table():
     ):
         found = torch.stack([cosine[position, pair], sine[position, pair]])
         torch.testing.assert_close(found, torch.tensor(value), atol=6e-5, rtol=0)
+
+
+def test_a_table_by_token_turns_each_axis_by_its_own_frequencies():
+    places = torch.tensor([[30, 5, 7], [-3, 5, 7], [3, 5, 7], [0, -1, 0]])
+    cosine, sine = rope_table_of(places, 128)
+    by_position = rope_table(31, 128)
+    for token, (t, h, w) in ((0, (30, 5, 7)), (2, (3, 5, 7))):
+        for pairs, position in ((slice(0, 22), t), (slice(22, 43), h), (slice(43, 64), w)):
+            assert torch.equal(cosine[token, pairs], by_position[0, position, pairs])
+            assert torch.equal(sine[token, pairs], by_position[1, position, pairs])
+    # a time below zero is the conjugate: the same cosines, sines of the other sign
+    assert torch.equal(cosine[1], cosine[2])
+    assert torch.equal(sine[1, :22], -sine[2, :22]) and torch.equal(sine[1, 22:], sine[2, 22:])
+    assert torch.equal(sine[3, 22:43], -by_position[1, 1, 22:43]) and not sine[3, :22].any() and not sine[3, 43:].any()
 
 
 def test_rope_turns_adjacent_pairs_by_their_axis_and_keeps_their_length():

@@ -60,6 +60,10 @@ def projected():
     }
 
 
+def by_token(tokens):
+    return {"table": kernels.rope_table_of(torch.ones(tokens, 3), K), "grid": None}
+
+
 def attend(S=5, narrow=True):
     """Queries, keys and values of 2 heads of 64."""
     values = torch.ones(B, 2, 64, 16).to(FP8) if narrow else torch.ones(B, S, 3, 2, 64).bfloat16()[:, :, 2]
@@ -121,6 +125,10 @@ BAD = [
     ("qk_norm_rope", {"offset": 1}, r"from number 1 on"),
     ("qk_norm_rope", {"table": kernels.rope_table(2, K)}, r"a table \[2, 3 or more, 12\]; got table \(2, 2, 12\)"),
     ("qk_norm_rope", {"table": kernels.rope_table(3, K).bfloat16()}, r"table in float32, got bfloat16"),
+    ("qk_norm_rope", by_token(L - 1), r"tokens within the table of 5, got 6 from number 0 on"),
+    ("qk_norm_rope", {**by_token(L), "offset": 1}, r"within the table of 6, got 6 from number 1 on"),
+    ("qk_norm_rope", {**by_token(L), "offset": -1}, r"from number -1 on"),
+    ("qk_norm_rope", {**by_token(L), "table": torch.ones(2, L, K)}, r"a table \[2, tokens, 12\]; got table \(2, 6, 24\)"),
     ("gelu_tanh", {"bias": torch.ones(D + 1)}, r"bias \[F\]; got x \(2, 6, 96\), bias \(97,\)"),
     ("gelu_tanh", {"x": turned(B, L, D)}, r"x contiguous"),
     ("gelu_tanh", {"x": torch.ones(B, L, D).long()}, r"got int64"),
@@ -202,10 +210,12 @@ BAD = [
     ("keys_center", {"weight": torch.ones(1, D)}, r"weight \[2, D\], of queries and keys; got weight \(1, 96\)"),
     ("keys_center", {"x": torch.ones(B, L, 1, D)}, r"P <= M"),
     ("keys_center", {"offset": 1}, r"from number 1 on"),
+    ("keys_center", by_token(L - 1), r"tokens within the table of 5"),
     ("qk_norm_rope_quantized", {"center": torch.ones(B, K, N)}, r"center \(2, 4, 24\); got center \(2, 24, 4\)"),
     ("qk_norm_rope_quantized", {"center": torch.ones(B, N, K).half()}, r"center in float32, got float16"),
     ("qk_norm_rope_quantized", {"dtype": torch.bfloat16}, r"result in float8_e4m3fn or int8, got bfloat16"),
     ("qk_norm_rope_quantized", {"x": turned(B, L, 3, D)}, r"x contiguous"),
+    ("qk_norm_rope_quantized", by_token(L - 1), r"tokens within the table of 5"),
     (
         "quantize_values",
         {"v": torch.ones(B, 0, N, 32)},
@@ -231,6 +241,11 @@ def test_what_is_wrong_is_refused(op, change, said):
         getattr(kernels, op)(**arguments)
     for name, value in before.items():
         assert torch.equal(arguments[name], value)
+
+
+@pytest.mark.parametrize("op", ["keys_center", "qk_norm_rope", "qk_norm_rope_quantized"])
+def test_a_table_by_token_is_taken(op):
+    getattr(kernels, op)(**good(op) | by_token(L + 1) | {"offset": 1})
 
 
 def test_a_head_width_that_is_not_there_is_refused():

@@ -77,6 +77,21 @@ def test_kernel_is_as_accurate_as_the_reference(case: Case | RealCase, dtype: to
 _TILES_OF_64 = ("int8-tail1", "int8-tail63", "int8-offset", "fp8-skip", "fp8-text512", "int8-wide-values")
 
 
+@pytest.mark.parametrize("name", ["keys_center", "qk_norm_rope", "qk_norm_rope_quantized"])
+def test_a_table_by_token_of_a_grid_turns_as_the_grid_does(name: str) -> None:
+    """Reference and, on a GPU or in the interpreter, kernel: bit for bit."""
+    kernel, (T, H, W), K, offset = KERNELS[name], (3, 4, 5), 24, 7
+    x, weight = torch.randn(2, T * H * W - offset, 3, 2 * K, device=DEVICE), torch.randn(2, 2 * K, device=DEVICE)
+    center, dtype = ([torch.randn(2, 2, K, device=DEVICE)], [torch.int8]) if name == "qk_norm_rope_quantized" else ([], [])
+    places = torch.cartesian_prod(torch.arange(T), torch.arange(H), torch.arange(W))
+    by_grid, by_token = kernels.rope_table(5, K, DEVICE), kernels.rope_table_of(places, K, DEVICE)
+    settings = offset, 2, 1e-6, *dtype
+    for body in [kernel.reference, kernel.launch][: 2 if DEVICE == "cuda" or INTERPRETED else 1]:
+        expected = run(kernel, body, (x, weight, by_grid, *center, (T, H, W), *settings))
+        for result, wanted in zip(run(kernel, body, (x, weight, by_token, *center, (), *settings)), expected, strict=True):
+            assert torch.equal(result, wanted)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="test_in_the_interpreter runs it")
 @pytest.mark.parametrize("id", _TILES_OF_64)
 def test_kernel_is_as_accurate_as_the_reference_on_ada(id: str, monkeypatch: pytest.MonkeyPatch) -> None:

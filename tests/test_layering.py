@@ -15,13 +15,13 @@ STDLIB = set(sys.stdlib_module_names)
 # A module may import the modules of lower levels, and what is in its own folder.
 LEVELS: list[set[str]] = [
     {"errors", "kernels", "tasks", "user_cache"},
-    {"caches", "few_steps", "lora"},
+    {"caches", "few_steps", "lora", "sound"},
     {"config"},
     {"calibration", "device", "flags", "headers", "manifest", "names", "processes", "prompt_extension", "steps"},
     {"dialects", "lora_files", "quality", "skipping"},
     {"schemes", "self_test", "weights"},
     {"parts"},
-    {"attention", "parallel", "checkpoint", "media", "merging", "quantize", "roofs", "video"},
+    {"attention", "inputs", "parallel", "checkpoint", "media", "merging", "quantize", "roofs", "video"},
     {"blocks", "vae", "encoders", "backends", "graphs", "framing", "single_files"},
     {"adapters"},
     {"dit"},

@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
-from clips_of import noise, write_clip
+from clips_of import noise, write_clip, write_folder
 from models import small_dims, write_native
 from PIL import Image
 from safetensors.torch import save_file
@@ -41,9 +41,6 @@ ANOTHER_PROGRAM = {
 REFUSED_FLAGS = {
     "--prompt_file": "a run makes one video: give its text to --prompt",
     "--image_path_file": "a run makes one video: give its picture to --image",
-    "--phantom_ckpt": "Phantom cannot run in this version yet",
-    "--ref_image": "did you mean --src_ref_images?",
-    "--sample_fps": "did you mean --fps?",
     "--model_name": "did you mean --task?",
 }
 # what VACE's own script has where its line says nothing
@@ -83,7 +80,8 @@ class Line:
 
     @property
     def task(self):
-        return dict(self.options)["--task"]
+        given = dict(self.options)
+        return given["--task"].replace("s2v", "phantom") if "--phantom_ckpt" in given else given["--task"]
 
     @property
     def kind(self):
@@ -121,11 +119,12 @@ def in_world(monkeypatch, size, rank=0):
 
 
 def test_every_line_is_accounted_for():
-    counts = {"run": 83, "another program": 17, "not wired yet": 8, "refused flag": 10}
+    counts = {"run": 92, "another program": 17, "not wired yet": 4, "refused flag": 5}
     assert Counter(line.kind for line in LINES) == counts
     assert {line.program for line in LINES} == PROGRAMS | ANOTHER_PROGRAM
     wired = {name for name, spec in TASKS.items() if spec.wired}
-    assert {line.task for line in OF_KIND["run"]} == wired
+    # whose program has other flags
+    assert {line.task for line in OF_KIND["run"]} == wired - {"unianimate-14B"}
 
 
 # --- what a line comes to ---------------------------------------------------------------------------------------------------
@@ -133,7 +132,8 @@ def test_every_line_is_accounted_for():
 
 def words_with_files(line):
     """Its words, with files that are here: a picture for pictures and videos, a folder for a LoRA's."""
-    here = {f"--{name}": str(FOLDER / "girl.jpg") for name in INPUTS} | {"--lora_dir": str(FOLDER)}
+    here = {f"--{name}": str(FOLDER / "girl.jpg") for name in (*INPUTS, "ref_image")}
+    here |= dict.fromkeys(("--lora_dir", "--phantom_ckpt"), str(FOLDER))
     return words_of([(flag, here.get(flag, value)) for flag, value in line.options])
 
 
@@ -151,7 +151,10 @@ def test_understood(line):
     pictures = {name: request.given(name) for name in INPUTS}
     if not request.prompt:  # an example's, or an extended one
         request = replace(request, **{"prompt": "a cat", **({} if any(pictures.values()) else example(config.spec))})
-    assert resolve(config.spec, request).size == parse_size(given["--size"])
+    todo = resolve(config.spec, request)
+    assert todo.size == parse_size(given["--size"]) if "--size" in given else config.spec.name == "animate-14B"
+    if "--phantom_ckpt" in given:
+        assert config.dit == str(FOLDER) and todo.fps == int(given.get("--sample_fps", 16))
 
 
 @pytest.mark.parametrize("line", [line for line in OF_KIND["run"] if line.processes == 1], ids=id_of)
@@ -212,11 +215,17 @@ def small(line):
             value = f"{grid * (1 + (width > height))}*{grid * (1 + (width < height))}"
         elif flag == "--ckpt_dir":
             value = f"<{line.task.replace('t2i', 't2v')}>"
+        elif flag == "--phantom_ckpt":
+            value = f"<{line.task}>"
+        elif flag == "--frame_num":
+            value = "5"
         elif flag in ("--src_video", "--src_mask", "--lora_dir"):
             value = f"<{flag}>"
+        elif flag == "--src_root_path":
+            value = f"<{flag}>" + "/src_pose.mp4" * value.endswith(".mp4")
         elif flag == "--prompt":
             value = value and "a cat"
-        elif flag == "--src_ref_images":
+        elif flag in ("--src_ref_images", "--ref_image"):
             value = ",".join(str(FOLDER / name) for name, _ in zip(("girl.jpg", "snake.jpg"), value.split(","), strict=False))
         elif flag.strip("-") in INPUTS:
             value = str(FOLDER / Path(value).with_suffix(".jpg").name)
@@ -253,9 +262,21 @@ def made(tmp_path_factory):
     def clip(name):
         return write_clip(folder / f"{name}.mp4", noise(6, height=32, width=64))
 
+    def animate():
+        path = write_native(folder / "animate-14B", "animate-14B")
+        factors = {"blocks.0.self_attn.q.lora_A.default.weight": torch.ones(2, 256)}
+        factors["blocks.0.self_attn.q.lora_B.default.weight"] = torch.ones(256, 2) / 100
+        torch.save({"state_dict": factors}, path / "relighting_lora.ckpt")
+        return path
+
     def make(name):
         if name not in found:
-            if name in TASKS:
+            if name == "animate-14B":
+                found[name] = animate()
+            elif name == "--src_root_path":
+                found[name] = folder / "driving"
+                write_folder(found[name], 5)
+            elif name in TASKS:
                 found[name] = write_native(folder / name, name)
             else:
                 found[name] = lora() if name == "--lora_dir" else clip(name.strip("-"))
@@ -267,7 +288,7 @@ def made(tmp_path_factory):
 
 @pytest.mark.parametrize("options", RUNS, ids=lambda options: id_of(RUNS[options]))
 def test_runs(options, made, tmp_path, capsys, monkeypatch):
-    spec = TASKS[dict(options)["--task"]]
+    spec = TASKS[RUNS[options].task]
     asked = []
 
     def extended(extension, prompt, pictures, **settings):
@@ -277,7 +298,7 @@ def test_runs(options, made, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "extend", extended)
     monkeypatch.setenv("DASH_API_KEY", "your_key")
     target = tmp_path / ("made.png" if spec.image_only else "made.mp4")
-    words = [re.sub(r"^<(.+)>$", lambda name: made(name[1]), word) for word in words_of(options)]
+    words = [re.sub(r"^<(.+)>", lambda name: made(name[1]), word) for word in words_of(options)]
     assert main(["run", *words, "--device", "cpu", "--quiet", "--save_file", str(target)]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out.splitlines()
     given = dict(options)
@@ -296,7 +317,7 @@ def test_runs(options, made, tmp_path, capsys, monkeypatch):
             shapes = [(frame.width, frame.height) for frame in container.decode(video=0)]
         assert shapes == [(width, height)] * frames and frames == 5
     given = dict(options)
-    if not ({"--prompt"} | {f"--{name}" for name in INPUTS}) & given.keys():
+    if not ({"--prompt", "--ref_image"} | {f"--{name}" for name in INPUTS}) & given.keys():
         assert printed[0].startswith("example     nothing was asked for, so the task's own: ")
     else:
         assert not any(line.startswith("example") for line in printed)
@@ -307,7 +328,7 @@ def test_runs(options, made, tmp_path, capsys, monkeypatch):
 # --- nothing asked for --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", [name for name, spec in TASKS.items() if spec.wired])
+@pytest.mark.parametrize("task", [name for name, spec in TASKS.items() if spec.wired and example(spec)])
 def test_a_task_alone_shows_its_example(task, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert main(["plan", "--task", task, "--on", "h200"]) == 0

@@ -16,8 +16,9 @@ from wan_fast.backends import FUSED, FUSED_8BIT, IN_8_BITS, OF_ATTENTION
 from wan_fast.conditioning.image import grey_but_for
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import Device, describe
-from wan_fast.dit import Inputs, WanDiT, grid_of
+from wan_fast.dit import WanDiT, grid_of
 from wan_fast.engine import Engine
+from wan_fast.inputs import Inputs
 from wan_fast.kernels import KERNELS
 from wan_fast.manifest import DiTDims, VaeDims, dit_shapes, stays_fp32
 from wan_fast.planning import plan
@@ -146,8 +147,9 @@ def test_denoising_memory_is_what_the_model_takes(task, dtype, scaling, attentio
 
         measured = peak_bytes(step)
     size = 2 if dtype == torch.bfloat16 else 4
-    predicted = memory._denoise_bytes({"model": dims}, shape, size, True, {"model": forms}, bool(attention))
-    predicted += memory._inputs_bytes(spec, {"model": dims}, shape, size, {"model"})
+    tokens = prod(grid_of(shape)) + sum(extension.extra_tokens(shape, first=False) for extension in dims.extensions)
+    predicted = memory._denoise_bytes({"model": dims}, shape, tokens, size, True, {"model": forms}, bool(attention), 2)
+    predicted += memory._inputs_bytes(spec, {"model": dims}, shape, tokens, size, {"model"})
     assert measured <= predicted <= 1.2 * measured
 
 

@@ -34,14 +34,16 @@ class Projected(Protocol):
     `qk_norm_rope`. The projection may be changed. Returns [B, L, N, K]."""
 
     def __call__(
-        self, qkv: Tensor, weight: Tensor, table: Tensor, *, grid: tuple[int, int, int], heads: int, eps: float
+        self, qkv: Tensor, weight: Tensor, table: Tensor, *, grid: tuple[int, int, int] | None, heads: int, eps: float
     ) -> Tensor: ...
 
 
 def of_projection(attention: Attention) -> Projected:
     """The projection's queries and keys normed and turned in place, and an attention of them."""
 
-    def projected(qkv: Tensor, weight: Tensor, table: Tensor, *, grid: tuple[int, int, int], heads: int, eps: float) -> Tensor:
+    def projected(
+        qkv: Tensor, weight: Tensor, table: Tensor, *, grid: tuple[int, int, int] | None, heads: int, eps: float
+    ) -> Tensor:
         qk_norm_rope(qkv, weight, table, grid=grid, heads=heads, eps=eps)
         return attention(*qkv.unflatten(-1, (heads, -1)).unbind(2))
 
@@ -62,7 +64,7 @@ class Attention8bit:
     wide_values: bool | None = None
 
     def __call__(
-        self, qkv: Tensor, weight: Tensor, table: Tensor, *, grid: tuple[int, int, int], heads: int, eps: float
+        self, qkv: Tensor, weight: Tensor, table: Tensor, *, grid: tuple[int, int, int] | None, heads: int, eps: float
     ) -> Tensor:
         where: dict[str, Any] = {"grid": grid, "heads": heads, "eps": eps}
         center = keys_center(qkv, weight, table, **where)

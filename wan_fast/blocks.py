@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_fast.attention import Attention, Projected, of_projection
+from wan_fast.inputs import Inputs
 from wan_fast.kernels import qk_norm_rope
 from wan_fast.manifest import DiTDims
 from wan_fast.quantize import Tokens, activated, added_and_modulated, shared, takes
@@ -23,29 +24,49 @@ KeysValues = tuple[tuple[Tensor, Tensor], ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Given:
+    """What an adapter makes of a clip's inputs, for all forwards of it.
+
+    added: [B, L, D] fp32, or what broadcasts to it, to be added to the clip's embedded tokens. of_reference: likewise, to those
+    of the reference latents, which come behind these. extra: [B, E, D] fp32, tokens behind both. places: [E', 3] along
+    (T, H, W), of all that are not the clip's own. channels: [C, 1, H, W] fp32, to be added to those that follow the noisy ones.
+    tensors: what it needs itself. keys_values: likewise, per block of its own.
+    """
+
+    added: Tensor | None = None
+    of_reference: Tensor | None = None
+    extra: Tensor | None = None
+    places: Tensor | None = None
+    channels: Tensor | None = None
+    tensors: tuple[Tensor, ...] = ()
+    keys_values: tuple[KeysValues, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     """What a forward needs that depends neither on the latents nor on the timestep.
 
-    keys_values: per block, pairs of keys and values [B, S, N, K], of text and of pictures. grid: tokens of the clip along
-    (T, H, W). table: of `rope_table`, for its positions. channels: [B, L, 4 C] tokens of the channels that follow the noisy
-    ones. adapter: what an adapter made of its own inputs, the strength of what it adds, and keys and values of text per block
-    of its own.
+    inputs: what it was made of, beside text. keys_values: per block, pairs of keys and values [B, S, N, K], of text and of
+    pictures. grid: tokens along (T, H, W), the extra ones among them; None where these lie elsewhere. table: of `rope_table`
+    for the grid's positions, or of `rope_table_of` for every token. channels: [B, L, 4 C] tokens of the channels that follow
+    the noisy ones. extra: [B, E, D] fp32 tokens behind the clip's own. given: what an adapter made.
     """
 
+    inputs: Inputs
     keys_values: tuple[KeysValues, ...]
-    grid: Grid
+    grid: Grid | None
     table: Tensor
     channels: Tensor | None = None
-    adapter: Tensor | None = None
-    adapter_scale: float = 1.0
-    adapter_keys_values: tuple[KeysValues, ...] = ()
+    extra: Tensor | None = None
+    given: Given = Given()
 
     def tensors(self) -> Iterator[Tensor]:
         """All that depends on the clip, in an order that is the same for every clip of a shape."""
-        for pairs in (*self.keys_values, *self.adapter_keys_values):
+        for pairs in (*self.keys_values, *self.given.keys_values):
             for pair in pairs:
                 yield from pair
-        yield from (tensor for tensor in (self.channels, self.adapter) if tensor is not None)
+        others = (self.channels, self.extra, self.given.added, self.given.channels, *self.given.tensors)
+        yield from (tensor for tensor in others if tensor is not None)
 
 
 class Block(nn.Module):
@@ -135,11 +156,13 @@ _FUSED = {
     "qkv.bias": ("q.bias", "k.bias", "v.bias"),
     "qkv.weight_scale": ("q.weight_scale", "k.weight_scale", "v.weight_scale"),
     "norm_qk": ("norm_q.weight", "norm_k.weight"),
+    "linear1_kv.weight": ("linear1_k.weight", "linear1_v.weight"),
+    "linear1_kv.bias": ("linear1_k.bias", "linear1_v.bias"),
 }
 
 
 def fuse(state: MutableMapping[str, Any], prefix: str) -> None:
-    """Join, where they are all there, the tensors of the self-attention under `prefix` that one parameter holds."""
+    """Join, where they are all there, the tensors of the attention under `prefix` that one parameter holds."""
     for fused, parts in _FUSED.items():
         names = [prefix + part for part in parts]
         if all(name in state for name in names):

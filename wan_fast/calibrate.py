@@ -92,8 +92,8 @@ class Recorder(Branches):
             found = []
             for branch in BRANCHES if exact[1] is not None else BRANCHES[:1]:
                 residual = self.before[branch][n][1].to(latents.device)
-                channels = self.context(model, step.expert, branch, latents).channels
-                found.append(model.resume(latents[None], timestep, residual, channels=channels, split=self.split)[0])
+                context = self.context(model, step.expert, branch, latents)
+                found.append(model.resume(latents[None], timestep, residual, context, split=self.split)[0])
             error = guided(step, found[0], found[1] if len(found) > 1 else None) - wanted
             self.record.errors[source.index, step.index] += error.square().mean().sqrt().item()
 
@@ -131,6 +131,11 @@ def calibrate(
     Raises:
         WanFastError: a run cannot be carried out, or a file not written.
     """
+    if config.spec.kind == "subjects":
+        raise WanFastError(
+            f"calibration is of one guidance scale and a checkpoint's own DiT, and {config.task} has two, and a DiT beside it; "
+            "take --step-cache every:2, or a mask"
+        )
     texts = recording.texts()
     path = checkpoints.locate(config.checkpoint, config.spec)
     assert path is not None  # or it raised

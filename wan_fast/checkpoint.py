@@ -21,8 +21,11 @@ from wan_fast import manifest
 from wan_fast.config import Request, WanFastError
 from wan_fast.dialects import TOKENIZER
 from wan_fast.headers import TensorInfo
+from wan_fast.manifest import AudioDims, audio_shapes
 from wan_fast.parts import (
     UMT5,
+    WAV2VEC2,
+    audio_encoder_in,
     files_of,
     find_model,
     image_encoder_in,
@@ -41,6 +44,7 @@ from wan_fast.tasks import TASKS, VAES, TaskSpec
 from wan_fast.weights import Packed, Part, read_tensors
 
 __all__ = [
+    "RELIGHTING",
     "Checkpoint",
     "Packed",
     "Part",
@@ -62,6 +66,8 @@ __all__ = [
 
 # of a DiT's experts; in the Diffusers layout these have names of their own
 _EXPERTS = ("model", "high_noise", "low_noise")
+# a LoRA that comes with Animate
+RELIGHTING = "relighting_lora.ckpt"
 _DIFFUSERS = {"model": "transformer", "high_noise": "transformer", "low_noise": "transformer_2"}
 
 
@@ -81,13 +87,14 @@ class Checkpoint:
     text_encoder: Part | None
     tokenizer: Path | None
     image_encoder: Part | None = None
+    audio_encoder: Part | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors as stored."""
-        parts = (*self.experts.values(), self.vae, self.text_encoder, self.image_encoder)
+        parts = (*self.experts.values(), self.vae, self.text_encoder, self.image_encoder, self.audio_encoder)
         return sum(part.num_bytes for part in parts if part is not None)
 
 
@@ -112,24 +119,29 @@ def locate(name: str | None, spec: TaskSpec, *, download: bool = True) -> Path |
             give = "give a file as --dit, --vae, --text_encoder or --image_encoder" if folder.exists() else "give a folder"
             raise WanFastError(f"checkpoint folder {name!r} {what}; {give}, a hub id such as {spec.hub_id}, or tiny")
         return folder
-    return _from_hub(name or spec.hub_id, download, with_image=spec.image_tokens > 0)
+    encoders = {"image_encoder": spec.image_tokens > 0, "audio_encoder": spec.kind == "speech"}
+    return _from_hub(name or spec.hub_id, download, [encoder for encoder, needed in encoders.items() if needed])
 
 
-def _from_hub(repo: str, download: bool, *, with_image: bool) -> Path | None:
+def _from_hub(repo: str, download: bool, encoders: Collection[str]) -> Path | None:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.pth", "google/*", "*spiece.model"]
+    # what the preprocessing of Animate needs is no part of the model
+    patterns: dict[str, Any] = {
+        "allow_patterns": ["*.json", "*.safetensors", "*.pth", "google/*", "*spiece.model", RELIGHTING],
+        "ignore_patterns": ["process_checkpoint/*"],
+    }
     try:
-        cached = Path(snapshot_download(repo, allow_patterns=patterns, local_files_only=True))
+        cached = Path(snapshot_download(repo, **patterns, local_files_only=True))
         opened = open_checkpoint(cached)
-        if opened.vae and opened.text_encoder and opened.tokenizer and (opened.image_encoder or not with_image):
+        if all(getattr(opened, part) for part in ("vae", "text_encoder", "tokenizer", *encoders)):
             return cached
     except (OSError, ValueError):
         pass  # not in the cache, or a download that stopped half-way
     if not download:
         return None
     try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
+        return Path(snapshot_download(repo, **patterns))
     except Exception as error:  # whatever the transport raises
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         raise WanFastError(
@@ -143,7 +155,7 @@ def open_checkpoint(path: Path, less: Collection[str] = ()) -> Checkpoint:
 
     Args:
         path: the folder.
-        less: what not to look for: experts, "vae", "text_encoder", "image_encoder".
+        less: what not to look for: experts, "vae", "text_encoder", "image_encoder", "audio_encoder".
 
     Raises:
         WanFastError: the folder is not a Wan checkpoint, or a file of it is missing, truncated or unsafe.
@@ -153,7 +165,7 @@ def open_checkpoint(path: Path, less: Collection[str] = ()) -> Checkpoint:
     known = [path / name for name in ("config.json", "high_noise_model", "low_noise_model")]
     if set(_EXPERTS) <= set(less):
         opened = _open_native(path, less)
-        if opened.vae or opened.text_encoder or opened.image_encoder or opened.tokenizer:
+        if opened.vae or opened.text_encoder or opened.image_encoder or opened.audio_encoder or opened.tokenizer:
             return opened
     elif any(file.exists() for file in known) or find_model(path, "DiT"):
         return _open_native(path, less)
@@ -189,6 +201,8 @@ def check(checkpoint: Checkpoint, spec: TaskSpec, *, whole: bool = True) -> None
         _check_text_encoder(checkpoint.text_encoder, checkpoint)
     if checkpoint.image_encoder is not None and spec.image_tokens:
         _check_image_encoder(checkpoint.image_encoder, checkpoint, spec)
+    if checkpoint.audio_encoder is not None and spec.kind == "speech":
+        _check_audio_encoder(checkpoint.audio_encoder, checkpoint)
     if checkpoint.tokenizer is not None and checkpoint.tokenizer.is_file() and find_spec("sentencepiece") is None:
         raise WanFastError(
             f"the tokenizer in {str(checkpoint.tokenizer)!r} needs the package sentencepiece, which is not installed; "
@@ -221,6 +235,9 @@ def _check_whole(checkpoint: Checkpoint, spec: TaskSpec) -> None:
     for name, called in want.items():
         if getattr(checkpoint, name) is None:
             raise WanFastError(f"checkpoint {where!r} has no {called}; download the whole repository, or give --{name} FILE")
+    if spec.kind == "speech" and checkpoint.audio_encoder is None:
+        called = WAV2VEC2 if native else "audio_encoder"
+        raise WanFastError(f"checkpoint {where!r} has no {called}/; download the whole repository")
     text = checkpoint.text_encoder
     if checkpoint.tokenizer is None and text is not None and not text.path.is_relative_to(checkpoint.path):
         raise WanFastError(
@@ -272,6 +289,19 @@ def _check_image_encoder(part: Part, checkpoint: Checkpoint, spec: TaskSpec) -> 
             raise WanFastError(
                 f"image encoder {str(part.path)!r} makes {clip.tokens} tokens of a picture, the DiT has {dims.image_positions} "
                 f"positions for {pictures}; take the parts of one model"
+            )
+
+
+def _check_audio_encoder(part: Part, checkpoint: Checkpoint) -> None:
+    with _described(part):
+        audio = AudioDims.of_config(part.config)
+    check_tensors(part, audio_shapes(audio), "audio encoder")
+    for expert in checkpoint.experts.values():
+        speech = _dims(expert).speech
+        if speech and (speech.audio_layers, speech.audio_dim) != (audio.num_layers + 1, audio.dim):
+            raise WanFastError(
+                f"audio encoder {str(part.path)!r} makes {audio.num_layers + 1} states, {audio.dim} wide, the DiT takes "
+                f"{speech.audio_layers} of {speech.audio_dim}; take the parts of one model"
             )
 
 
@@ -334,6 +364,7 @@ def _branch(part: Part) -> str:
         ("vace", "vace_patch_embedding.weight"),
         ("speech", "casual_audio_encoder.weights"),
         ("animate", "pose_patch_embedding.weight"),
+        ("pose", "dwpose_embedding.0.weight"),
         ("first-last-frame", "img_emb.emb_pos"),
         ("image", "img_emb.proj.1.weight"),
     )
@@ -341,7 +372,7 @@ def _branch(part: Part) -> str:
 
 
 def _kind(spec: TaskSpec) -> str:
-    words = {"first_last": "first-last-frame", "vace": "vace", "speech": "speech", "animate": "animate"}
+    words = {"first_last": "first-last-frame", "vace": "vace", "speech": "speech", "animate": "animate", "poses": "pose"}
     branch = words.get(spec.kind, "image" if spec.image_tokens else "plain")
     return f"{branch} DiT {spec.in_dim}->{spec.out_dim}, {len(spec.experts)} expert(s)"
 
@@ -353,6 +384,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     others = {"VAE": checkpoint.vae, "text encoder": checkpoint.text_encoder}
     if checkpoint.image_encoder or any(_dims(part).image_dim for part in checkpoint.experts.values()):
         others["image encoder"] = checkpoint.image_encoder
+    if checkpoint.audio_encoder or any(_branch(part) == "speech" for part in checkpoint.experts.values()):
+        others["audio encoder"] = checkpoint.audio_encoder
     for name, part in {**named, **others}.items():
         parts[name] = {"missing": "the whole part"} if part is None else _describe_part(name, part)
     return {
@@ -373,7 +406,7 @@ def describe_file(path: Path) -> dict[str, Any]:
         WanFastError: it holds no model that this version knows.
     """
     what = model_in([path])
-    if what is None or what == "LoRA":
+    if what in (None, "LoRA", "UniAnimate file"):
         raise WanFastError(f"{str(path)!r} {looks([path], what)}")
     part = open_part(path, what)
     if what == "VAE":
@@ -383,6 +416,8 @@ def describe_file(path: Path) -> dict[str, Any]:
     elif what == "DiT":
         kind = f"{_branch(part)} DiT {_channels(part)}"
         fits = [name for name, spec in TASKS.items() if _kind(spec).partition(",")[0] == kind]
+    elif what == "audio encoder":
+        fits = [name for name, spec in TASKS.items() if spec.kind == "speech"]
     else:
         fits = [name for name, spec in TASKS.items() if spec.image_tokens or what == "text encoder"]
     told: dict[str, Any] = {"file": str(path), "kind": what, "fits": fits or ["no task of this version"]}
@@ -409,12 +444,12 @@ def _describe_part(name: str, part: Part) -> dict[str, Any]:
         elif name == "image encoder":
             dims = manifest.ClipDims.of_shapes(part.shapes)
             expected = manifest.clip_shapes(dims, joint=_joint(part))
+        elif name == "audio encoder":
+            dims = AudioDims.of_config(part.config)
+            expected = audio_shapes(dims)
         else:
             dims = _dims(part)
             expected = manifest.dit_shapes(dims)
-            if _branch(part) in ("speech", "animate"):
-                about["checked"] = f"no: this version has no table of the {_branch(part)} model's tensors"
-                expected = dict(part.shapes)
     sizes = dims if isinstance(dims, dict) else asdict(dims)
     about["sizes"] = ", ".join(f"{key} {value}" for key, value in sizes.items())
     about["missing"] = [n for n in expected if n not in part.tensors] or "none"
@@ -466,6 +501,7 @@ def _open_native(path: Path, less: Collection[str]) -> Checkpoint:
         vae=part_of([vae], vae, {}) if vae else None,
         text_encoder=encoder,
         image_encoder=image_encoder_in([image], image) if image else None,
+        audio_encoder=None if "audio_encoder" in less else audio_encoder_in(path),
         tokenizer=tokenizer or (tokenizer_of(encoder) if encoder else None),
         **_generation_config(path),
     )
@@ -490,6 +526,7 @@ def _open_diffusers(path: Path, less: Collection[str]) -> Checkpoint:
         vae=part_in(vae, "diffusion_pytorch_model", "VAE") if has_vae else None,
         text_encoder=encoder,
         image_encoder=image_encoder_in(files_of(image, "model", "image encoder"), image) if has_image else None,
+        audio_encoder=None if "audio_encoder" in less else audio_encoder_in(path),
         tokenizer=tokenizer if (tokenizer / "tokenizer.json").is_file() else tokenizer_of(encoder) if encoder else None,
         **_generation_config(path),
     )

@@ -21,7 +21,7 @@ import wan_fast
 from wan_fast import processes
 from wan_fast.config import INPUTS, EngineConfig, Output, Request, WanFastError, with_seed
 from wan_fast.examples import example
-from wan_fast.flags import Parser, add_not_yet, add_options, build, refuse_not_yet
+from wan_fast.flags import Parser, add_options, add_speech, build, refuse_speech
 from wan_fast.prompt_extension import PromptExtension, check, described, extend
 from wan_fast.steps import LETTERS
 from wan_fast.tasks import TASKS
@@ -101,14 +101,14 @@ def _run_parser(name: str) -> Parser:
     parser = _parser(name, f"Example: {_EXAMPLE}")
     for cls in (EngineConfig, Request, PromptExtension, Output):
         add_options(parser, cls)
-    add_not_yet(parser)
+    add_speech(parser)
     return parser
 
 
 def _options(parsed: argparse.Namespace) -> tuple[EngineConfig, Request, PromptExtension, Output]:
     config = build(EngineConfig, parsed)
     processes.check(config)
-    refuse_not_yet(parsed)
+    refuse_speech(parsed)
     request = build(Request, parsed)
     if _nothing_asked(parsed):
         request = replace(request, **example(config.spec))
@@ -181,7 +181,7 @@ def _run(words: Sequence[str]) -> int:
 
         def generate() -> Video:
             # the file begins while frames are still decoded, and appears under its name when all is well
-            add = files.enter_context(video.writing(target, todo.request.fps))
+            add = files.enter_context(video.writing(target, todo.request.fps, todo.framing.sound))
 
             def write(pixels: Tensor) -> None:
                 if not unwritten:
@@ -313,6 +313,8 @@ def _say_plan(todo: Plan, *, is_example: bool) -> None:
         _say_parts(todo)
     print(f"device      {todo.device.name}: {todo.device.model}, {todo.dtype}, {_gib(todo.memory.budget)} to use")
     scale = ",".join(f"{value:g}" for value in dict.fromkeys(request.guidance_scale))
+    if request.image_guidance_scale is not None:
+        scale += f" and {request.image_guidance_scale:g} by the pictures"
     print(
         f"video       {request.size[0]}x{request.size[1]}, {request.num_frames} frames at {request.fps:g} fps; "
         f"{request.num_steps} steps of {request.solver}, shift {request.shift:g}, guidance {scale}, "
@@ -507,6 +509,7 @@ def _calibrate(words: Sequence[str]) -> int:
     run = f"{_next(parsed.task, parsed.checkpoint)} --sample_steps {found.num_steps}"
     given = f" --calibration {shlex.quote(recording.out)}" if recording.out else ""
     given += "".join(f" --lora {shlex.quote(lora)}" for lora in config.lora)
+    given += f" --unianimate_ckpt {shlex.quote(config.unianimate)}" if config.unianimate else ""
     print(f'next        {run}{given} --step-cache auto --prompt "..."')
     print(file)
     return 0

@@ -22,8 +22,21 @@ from wan_fast.few_steps import OFF, PRESETS, SIGMA_MAX, parse_preset
 from wan_fast.lora import EXPERTS, Lora
 from wan_fast.tasks import TASKS, TaskSpec
 
-# fields of a request that name pictures and videos
-INPUTS = ("image", "first_frame", "last_frame", "src_video", "src_mask", "src_ref_images")
+# fields of a request that name pictures, videos and sounds, and a folder of such
+INPUTS = (
+    "image",
+    "first_frame",
+    "last_frame",
+    "src_video",
+    "src_mask",
+    "src_ref_images",
+    "audio",
+    "pose_video",
+    "pose_image",
+    "src_root_path",
+)
+# and others that only some tasks have
+SPECIFIC = ("num_clip", "infer_frames", "start_from_ref", "refert_num", "replace_flag", "image_guidance_scale")
 # sizes that a name stands for, as in VACE's own script
 NAMED_SIZES = {"480p": (832, 480), "720p": (1280, 720)}
 # what files of weights end in
@@ -132,8 +145,9 @@ class EngineConfig:
     dit: str | None = option(
         None,
         "file with the DiT, in the place of the checkpoint's: .safetensors, .pth, .gguf, or a folder with one; of two experts "
-        "high=FILE,low=FILE; where every part is given, no checkpoint is needed",
+        "high=FILE,low=FILE; where every part is given, no checkpoint is needed; phantom needs it",
         "--dit",
+        "--phantom_ckpt",
         unit="FILE",
     )
     vae: str | None = option(None, "file with the VAE, likewise", "--vae", unit="FILE")
@@ -144,6 +158,13 @@ class EngineConfig:
         unit="FILE",
     )
     image_encoder: str | None = option(None, "file with CLIP's image tower, likewise", "--image_encoder", unit="FILE")
+    unianimate: str | None = option(
+        None,
+        "file with UniAnimate's LoRA and encoders of poses, unianimate-14B: .ckpt or .safetensors",
+        "--unianimate_ckpt",
+        parse=parse_file,
+        unit="FILE",
+    )
     device: str = option("auto", "auto, cuda, cuda:1 or cpu", "--device")
     dtype: Literal["auto", "bf16", "fp32"] = option(
         "auto", "compute type of the DiT; auto is bf16 on a GPU, fp32 on a CPU", "--dtype"
@@ -249,6 +270,11 @@ class EngineConfig:
         "--cuda-graphs",
     )
     no_cache: bool = option(False, "neither take a prompt's embedding from the user's cache nor put it there", "--no-cache")
+    use_relighting_lora: bool = option(
+        False,
+        "add the checkpoint's LoRA that fits a person to the light of the scene, animate-14B with --replace_flag",
+        "--use_relighting_lora",
+    )
     convert_model_dtype: bool = option(
         False, "round all weights of the DiT to bf16, as the official flag does", "--convert_model_dtype"
     )
@@ -268,6 +294,8 @@ class EngineConfig:
         if self.task not in TASKS:
             close = get_close_matches(str(self.task), TASKS, 1)
             hint = f"did you mean {close[0]}?" if close else "choose one of " + " ".join(TASKS)
+            if self.task == "s2v-1.3B":  # as Phantom's own program calls it
+                hint = "it is Phantom's name for phantom-1.3B; take that one, or add --phantom_ckpt FILE"
             raise WanFastError(f"unknown task {self.task!r}; {hint}")
         if not self.spec.wired:
             able = " ".join(name for name, spec in TASKS.items() if spec.wired)
@@ -275,6 +303,8 @@ class EngineConfig:
         if self.checkpoint is not None and not str(self.checkpoint).strip():
             raise WanFastError("--ckpt_dir is empty; give a folder, a hub id, or tiny")
         self._check_parts()
+        if self.use_relighting_lora and self.spec.kind != "animate":
+            raise WanFastError(f"--use_relighting_lora is of animate-14B, --task is {self.task}; leave it out")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise WanFastError(f"unknown device {self.device!r}; choose auto, cuda, cuda:N or cpu")
         _check_choice(self, "dtype", "auto", "bf16", "fp32")
@@ -347,6 +377,11 @@ class EngineConfig:
                 raise WanFastError(f"{flag} is no file of weights: its name must end in {' '.join(PART_SUFFIXES)}")
         if self.image_encoder is not None and not self.spec.image_tokens:
             raise WanFastError(f"task {self.task} takes no --image_encoder: its model has no input for one; leave it out")
+        if (file := self.unianimate) is not None:
+            if self.spec.extension != "pose":
+                raise WanFastError(f"task {self.task} takes no --unianimate_ckpt {file!r}; take --task unianimate-14B")
+            if not Path(file).is_file():
+                raise WanFastError(f"--unianimate_ckpt {file!r} is not a file; check the path")
 
     @property
     def spec(self) -> TaskSpec:
@@ -371,8 +406,9 @@ class EngineConfig:
 
     @property
     def loras(self) -> tuple[Lora, ...]:
-        """What --lora says."""
-        return tuple(lora for text in self.lora for lora in Lora.parse(text))
+        """What --lora says, behind UniAnimate's own."""
+        own = () if self.unianimate is None else (Lora(self.unianimate, flag="--unianimate_ckpt"),)
+        return (*own, *(lora for text in self.lora for lora in Lora.parse(text)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -403,9 +439,48 @@ class Request:
         None, "video of what to make anew of --src_video, white, vace", "--src_mask", parse=parse_file, unit="FILE"
     )
     src_ref_images: tuple[str, ...] = option(
-        (), "pictures of what is to be seen, vace", "--src_ref_images", parse=parse_files, unit="FILE,FILE"
+        (),
+        "pictures of what is to be seen, vace; phantom: 1 to 4",
+        "--src_ref_images",
+        "--ref_image",
+        parse=parse_files,
+        unit="FILE,FILE",
     )
     context_scale: float = option(1.0, "strength of what vace follows", "--context_scale")
+    audio: str | None = option(
+        None,
+        "what is spoken or sung, s2v-14B: a file with sound, which also says how long the video is; of animate-14B the sound "
+        "that goes into the video, default: that of the folder's videos",
+        "--audio",
+        parse=parse_file,
+        unit="FILE",
+    )
+    pose_video: str | None = option(
+        None, "video of poses to follow, s2v-14B, unianimate-14B", "--pose_video", parse=parse_file, unit="FILE"
+    )
+    pose_image: str | None = option(
+        None, "the pose in the picture, drawn as those of the video, unianimate-14B", "--pose_image", parse=parse_file,
+        unit="FILE",
+    )  # fmt: skip
+    num_clip: int | None = option(
+        None, "clips of a chain at most, s2v-14B; default: as many as the sound takes", "--num_clip", unit="N"
+    )
+    infer_frames: int | None = option(None, "frames of each clip, s2v-14B, 4n; default 80", "--infer_frames", unit="N")
+    start_from_ref: bool = option(False, "the first clip goes on from the picture, s2v-14B", "--start_from_ref")
+    src_root_path: str | None = option(
+        None,
+        "folder that the preprocessing made, animate-14B: src_pose.mp4, src_face.mp4, src_ref.png; to replace also src_bg.mp4 "
+        "and src_mask.mp4",
+        "--src_root_path",
+        parse=parse_file,
+        unit="FOLDER",
+    )
+    refert_num: int | None = option(
+        None, "frames that a clip takes over from the one before, animate-14B: 1 or 5; default 1", "--refert_num", unit="N"
+    )
+    replace_flag: bool = option(
+        False, "put the picture's person into the video, in the place of the one there, animate-14B", "--replace_flag"
+    )
     size: tuple[int, int] | None = option(
         None,
         "WIDTH*HEIGHT in pixels, 480p or 720p; with --image, --first_frame or --src_video an area, whose shape these give",
@@ -414,7 +489,7 @@ class Request:
         unit="W*H",
     )
     num_frames: int | None = option(None, "frames, 4n+1", "--frame_num", "--num_frames")
-    fps: float | None = option(None, "frames per second of the file", "--fps")
+    fps: float | None = option(None, "frames per second of the file", "--fps", "--sample_fps")
     num_steps: int | None = option(None, "denoising steps", "--sample_steps", "--num_steps")
     shift: float | None = option(None, "shift of the noise schedule", "--sample_shift", "--shift")
     guidance_scale: float | tuple[float, float] | None = option(
@@ -422,8 +497,12 @@ class Request:
         "classifier-free guidance; LOW,HIGH for models with two experts",
         "--sample_guide_scale",
         "--guidance_scale",
+        "--sample_guide_scale_text",
         parse=parse_guidance,
         unit="G",
+    )
+    image_guidance_scale: float | None = option(
+        None, "guidance by the pictures, phantom; default 5", "--sample_guide_scale_img", "--image_guidance_scale"
     )
     solver: Literal["unipc", "dpm++", "euler", "lcm"] | None = option(
         None,
@@ -450,10 +529,20 @@ class Request:
     )
 
     def __post_init__(self) -> None:
-        if self.num_frames is not None and (self.num_frames < 1 or self.num_frames % 4 != 1):
-            low = max(1, (self.num_frames - 1) // 4 * 4 + 1)
-            near = str(low) if self.num_frames < 1 else f"{low} or {low + 4}"
-            raise WanFastError(f"--frame_num must be 4n+1, got {self.num_frames}; take {near}")
+        # what is settled is the length of a chain, whose clips may come to another
+        asked = None if isinstance(self, Resolved) else self.num_frames
+        if asked is not None and (asked < 1 or asked % 4 != 1):
+            low = max(1, (asked - 1) // 4 * 4 + 1)
+            near = str(low) if asked < 1 else f"{low} or {low + 4}"
+            raise WanFastError(f"--frame_num must be 4n+1, got {asked}; take {near}")
+        for count, least in (("num_clip", 1), ("infer_frames", 4)):
+            if (value := getattr(self, count)) is not None and value < least:
+                raise WanFastError(f"--{count} must be {least} or more, got {value}")
+        if self.infer_frames is not None and self.infer_frames % 4:
+            low = self.infer_frames // 4 * 4
+            raise WanFastError(f"--infer_frames must be a multiple of 4, got {self.infer_frames}; take {low} or {low + 4}")
+        if self.refert_num not in (None, 1, 5):
+            raise WanFastError(f"--refert_num must be 1 or 5, got {self.refert_num}; 1 is what the examples take")
         if self.num_steps is not None and not 1 <= self.num_steps <= 1000:
             raise WanFastError(f"--sample_steps must be from 1 to 1000, got {self.num_steps}")
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
@@ -464,6 +553,8 @@ class Request:
             raise WanFastError(f"--fps must be from 1 to 240, got {self.fps}")
         if self.guidance_scale is not None and not all(map(math.isfinite, _pair(self.guidance_scale))):
             raise WanFastError(f"--sample_guide_scale must be finite, got {self.guidance_scale}")
+        if self.image_guidance_scale is not None and not math.isfinite(self.image_guidance_scale):
+            raise WanFastError(f"--sample_guide_scale_img must be finite, got {self.image_guidance_scale}; 5 is the default")
         _check_choice(self, "solver", None, "unipc", "dpm++", "euler", "lcm")
         if self.preset is not None:
             parse_preset(self.preset)
@@ -476,8 +567,9 @@ class Request:
             raise WanFastError(f"--context_scale must be from 0 to 10, got {self.context_scale}; 1 is what it was trained with")
         for name in (*INPUTS, "noise"):
             for path in self.given(name):
-                if not Path(path).is_file():
-                    raise WanFastError(f"--{name} {str(path)!r} is not a file; check the path")
+                if not Path(path).is_file() and not (name == "src_root_path" and Path(path).is_dir()):
+                    what = "folder" if name == "src_root_path" else "file"
+                    raise WanFastError(f"--{name} {str(path)!r} is not a {what}; check the path")
 
     def given(self, name: str) -> tuple[str, ...]:
         """The files that a field names."""
@@ -487,7 +579,7 @@ class Request:
     @property
     def is_area(self) -> bool:
         """Whether `size` is an area, whose shape a picture or a video gives."""
-        return any(self.given(name) for name in ("image", "first_frame", "src_video"))
+        return any(self.given(name) for name in ("image", "first_frame", "src_video", "src_root_path"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -507,6 +599,11 @@ class Resolved(Request):
     guidance_scale: tuple[float, float]
     solver: str  # type: ignore[assignment]
     seed: int
+
+    @property
+    def two_scales(self) -> bool:
+        """Whether the guidance by pictures takes a pass of its own: not where it is none, or that by the text."""
+        return self.image_guidance_scale not in (None, 1.0, self.guidance_scale[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -544,12 +641,17 @@ def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -
         if (given := ",".join(map(str, request.given(name)))) and name not in spec.takes:
             fit = " ".join(other.name for other in TASKS.values() if name in other.takes and other.wired)
             raise WanFastError(f"task {spec.name} takes no --{name} (given {given!r}); tasks that do: {fit}")
+    for name in SPECIFIC:
+        if (value := getattr(request, name)) not in (None, False) and name not in spec.takes:
+            fit = " ".join(other.name for other in TASKS.values() if name in other.takes and other.wired)
+            raise WanFastError(f"task {spec.name} takes no {_flag(Request, name)} (given {value}); tasks that do: {fit}")
     for name in INPUTS:
         if not request.given(name) and name in spec.needs:
             raise WanFastError(f"task {spec.name} needs --{name}, got none; add --{name} FILE")
     if request.context_scale != 1 and not spec.vace_layers:
         raise WanFastError(f"--context_scale is of the vace tasks, --task is {spec.name}; leave it out")
-    if not (request.prompt or "").strip():
+    prompt = request.prompt if request.prompt is not None else spec.prompt
+    if not (prompt or "").strip():
         raise WanFastError(f'task {spec.name} needs a prompt, got none; add --prompt "..."')
 
     def chosen(name: str, last: Any) -> Any:
@@ -562,11 +664,19 @@ def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -
         "preset": None,
         "num_steps": chosen("num_steps", spec.num_steps),
         "shift": chosen("shift", spec.shift_480p if is_480p else spec.shift),
-        "solver": (solver := chosen("solver", "unipc")),
+        "solver": (solver := chosen("solver", spec.solver)),
         "guidance_scale": _pair(
             (request.guidance_scale or 1.0) if solver == "lcm" else chosen("guidance_scale", spec.guidance_scale)
         ),
     }
+    if spec.image_guidance_scale is not None:
+        without = sampling["preset"] is not None or sampling["solver"] == "lcm"
+        sampling["image_guidance_scale"] = chosen("image_guidance_scale", 1.0 if without else spec.image_guidance_scale)
+        if without and sampling["image_guidance_scale"] != 1:
+            raise WanFastError(
+                f"--sample_guide_scale_img {sampling['image_guidance_scale']:g}: guidance blurs what models distilled to a few "
+                "steps make; leave it out"
+            )
     resolved = Resolved(
         **{
             **{f.name: getattr(request, f.name) for f in fields(request)},
@@ -574,6 +684,7 @@ def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -
             "num_frames": chosen("num_frames", spec.num_frames),
             "fps": chosen("fps", spec.fps),
             **sampling,
+            "prompt": prompt,
             "negative_prompt": chosen("negative_prompt", spec.negative_prompt),
             "seed": with_seed(request).seed,
         }
@@ -630,6 +741,11 @@ def of_preset(spec: TaskSpec, request: Request, asked: str) -> dict[str, Any]:
         "solver": preset.solver,
         "guidance_scale": (1.0, 1.0),
     }
+
+
+def _flag(cls: type, name: str) -> str:
+    """What a field is called on the command line."""
+    return next(field.metadata["flags"][0] for field in fields(cls) if field.name == name)
 
 
 def with_seed(request: Request) -> Request:

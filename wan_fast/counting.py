@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from wan_fast.attention import Attention8bit
-from wan_fast.dit import Inputs, WanDiT, grid_of
+from wan_fast.dit import WanDiT, grid_of
 from wan_fast.engine import Engine
+from wan_fast.inputs import Inputs
 from wan_fast.kernels import KERNELS, guidance_step
 from wan_fast.kernels.causal_conv3d import output_shape
 from wan_fast.kernels.qk_norm_rope_quantized import sampled
@@ -147,8 +148,10 @@ def not_touched(op: Any, args: Sequence[Any]) -> float:
     if op is KERNELS["qk_norm_rope_quantized"].op:
         return args[0].nbytes * (1 - 2 / args[0].shape[2])
     if op is KERNELS["keys_center"].op:
-        L, M = args[0].shape[1:3]
-        return args[0].nbytes * (1 - len(sampled(L)) / (L * M))
+        x, _, table, grid = args[:4]
+        L, M = x.shape[1:3]
+        rows = 0 if table is None or grid else table.nbytes * (1 - len(sampled(L)) / L)
+        return x.nbytes * (1 - len(sampled(L)) / (L * M)) + rows
     return -args[0].nbytes if op is KERNELS["quantize_values"].op else 0  # read twice
 
 

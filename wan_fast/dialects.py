@@ -296,9 +296,12 @@ def _check_scales(
 
 
 def _native_shape(info: TensorInfo) -> TensorInfo:
-    """TurboDiffusion keeps the patch embedding as a linear layer over (channel, 1, 2, 2)."""
+    """TurboDiffusion keeps the patch embedding as a linear layer over (channel, 1, 2, 2), Diffusers the biases of Animate's
+    motion encoder without the axes that they are added along."""
     if info.name == "patch_embedding.weight" and len(info.shape) == 2 and info.shape[1] % 4 == 0:
         return replace(info, shape=(info.shape[0], info.shape[1] // 4, 1, 2, 2))
+    if ".net_app." in info.name and len(info.shape) == 1:
+        return replace(info, shape=(1, *info.shape, 1, 1))
     return info
 
 

@@ -11,43 +11,20 @@ other linears and attention run in the compute dtype, which is that of their wei
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wan_fast.adapters import Adapter, VaceBranch
+from wan_fast.adapters import Adapter, adapter_of
 from wan_fast.attention import Attention, Projected, sdpa
-from wan_fast.blocks import Block, Context, Grid, ImageCrossAttention, KeysValues, add_gated_
-from wan_fast.kernels import patchify, rope_table, unpatchify
+from wan_fast.blocks import Block, Context, Given, Grid, ImageCrossAttention, KeysValues, add_gated_
+from wan_fast.inputs import Inputs
+from wan_fast.kernels import patchify, rope_table, rope_table_of, unpatchify
 from wan_fast.manifest import DiTDims
 from wan_fast.quantize import added_and_modulated, modulated, takes
 from wan_fast.tasks import PATCH
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a clip is conditioned on beside text, the same for both branches at every step; None for what there is not.
-
-    channels: [C, T, H, W] fp32, that follow the noisy latents' own. image: [I, S, image_dim], tokens of I pictures.
-    control: [C, T, H, W] fp32, what the VACE branch follows. control_scale: of its hints.
-    """
-
-    channels: Tensor | None = None
-    image: Tensor | None = None
-    control: Tensor | None = None
-    control_scale: float = 1.0
-
-    @classmethod
-    def blank(cls, dims: DiTDims, latent_shape: Sequence[int], pictures: int = 1) -> Inputs:
-        """Zeros of the shapes that a model of these sizes takes with latents [C, T, H, W]."""
-        image_tokens = dims.image_positions or pictures * 257
-        return cls(
-            channels=torch.zeros(dims.condition_dim, *latent_shape[1:]) if dims.condition_dim else None,
-            image=torch.zeros(1, image_tokens, dims.image_dim) if dims.image_dim else None,
-            control=torch.zeros(dims.vace_dim, *latent_shape[1:]) if dims.vace_layers else None,
-        )
 
 
 class WanDiT(nn.Module):
@@ -72,7 +49,7 @@ class WanDiT(nn.Module):
         self.blocks: Iterable[Block] = nn.ModuleList(Block(dims, attention, form) for form in narrow)  # type: ignore[assignment]
         self.head = Head(dims)
         self.img_emb = ImageEmbedding(dims) if dims.image_dim else None
-        self.adapter: Adapter | None = VaceBranch(dims, attention, narrow) if dims.vace_layers else None
+        self.adapter: Adapter | None = adapter_of(dims, attention, narrow)
         for name, module in self.adapter.modules.items() if self.adapter else ():
             self.add_module(name, module)
 
@@ -99,45 +76,53 @@ class WanDiT(nn.Module):
         Returns:
             [B, C, T, H, W] fp32.
         """
-        x = self.embed(latents, context.channels)  # [B, L, D]
+        x = self.embed(latents, context)  # [B, L, D]
+        L = x.shape[1]
+        if context.extra is not None:
+            x = torch.cat([x, context.extra], dim=1)
         time = self.time_embedding(sinusoid(timestep, self.dims.freq_dim))  # [B, R, D]
         modulation = self.time_projection(time).unflatten(-1, (6, -1))  # [B, R, 6, D]
         tables = torch.stack([block.modulation for block in self.blocks])[:, None] + modulation  # [blocks, B, R, 6, D]
         # each block ends with the norm that the next one, or the head, begins with
         heads_own = self.head.modulated_by(time)
         following = [*(tuple(table[:, :, :2].unbind(2)) for table in tables[1:]), heads_own]
+        own: dict[str, Any] = {"split": split, "eps": self.dims.eps}
         first, *others = (takes(block.self_attn.qkv) for block in self.blocks)
         shift, scale = tables[0, :, :, :2].unbind(2)
-        y = modulated(x, shift, scale, first, split=split, eps=self.dims.eps)
-        after = self.adapter.begin(x, modulation, context, split, in_8_bits) if self.adapter else None
+        y = modulated(x, shift, scale, first, **own)
+        adapter = self.adapter if self.adapter and self.adapter.layers else None
+        after = adapter.begin(x, modulation, context, split, in_8_bits) if adapter else None
         for i, (block, table, keys_values, then, to) in enumerate(
             zip(self.blocks, tables, context.keys_values, following, [*others, torch.float32], strict=True)
         ):
-            y, gate = block(x, y, table, split, context, keys_values, in_8_bits), table[:, :, 5]
-            if after and self.adapter and i in self.adapter.layers:
-                add_gated_(x, y, gate, split)
-                y, gate = after(i, x), None
-            shift, scale = then
-            y = added_and_modulated(x, y, gate, shift, scale, to, split=split, eps=self.dims.eps)
+            more: Tensor | None = block(x, y, table, split, context, keys_values, in_8_bits)
+            gate, (shift, scale) = table[:, :, 5], then
+            if after and adapter and i in adapter.layers:
+                assert more is not None
+                add_gated_(x, more, gate, split)
+                more, gate = after(i, x), None
+            if more is None:
+                y = modulated(x, shift, scale, to, **own)
+            else:
+                y = added_and_modulated(x, more, gate, shift, scale, to, **own)
+            del more  # its memory is wanted in the next block
         if residual is not None:  # embedding again is cheaper than keeping a copy through the blocks
-            torch.sub(x, self.embed(latents, context.channels), out=residual)
+            torch.sub(x[:, :L], self.embed(latents, context), out=residual)
+        assert isinstance(y, Tensor)
         T, H, W = latents.shape[2:]
-        return unpatchify(self.head.head(y), (T, H, W))
+        return unpatchify(self.head.head(y[:, :L]), (T, H, W))
 
-    def resume(
-        self, latents: Tensor, timestep: Tensor, residual: Tensor, *, channels: Tensor | None = None, split: int = 0
-    ) -> Tensor:
+    def resume(self, latents: Tensor, timestep: Tensor, residual: Tensor, context: Context, *, split: int = 0) -> Tensor:
         """Velocity of a noisy clip, with what the block stack added in an earlier forward in the place of the blocks.
 
         Args:
-            latents, timestep, split: as in `forward`.
+            latents, timestep, context, split: as in `forward`.
             residual: [B, L, D] that a forward left.
-            channels: the context's.
 
         Returns:
             [B, C, T, H, W] fp32.
         """
-        x = self.embed(latents, channels)
+        x = self.embed(latents, context)
         shift, scale = self.head.modulated_by(self.time_embedding(sinusoid(timestep, self.dims.freq_dim)))
         y = added_and_modulated(x, residual, None, shift, scale, torch.float32, split=split, eps=self.dims.eps)
         T, H, W = latents.shape[2:]
@@ -151,52 +136,67 @@ class WanDiT(nn.Module):
         Args:
             text: B tensors [S_i, text_dim], unpadded; the model was trained on zeros up to `text_len`, and attends to them.
             grid: (T, H/2, W/2) patches of the clip.
-            inputs: beside the text; the same for the whole batch.
-            like: a context of the same clip with another text, from which all else is taken.
+            inputs: beside the text; the same for the whole batch. None: those of `like`, or none.
+            like: a context of the same clip with another text, from which is taken what depends on inputs that are the same
+                objects there.
 
         Raises:
             ValueError: a text is longer than the model takes, or the inputs are not the model's.
         """
         if max(t.shape[0] for t in text) > self.dims.text_len:
             raise ValueError(f"the model takes {self.dims.text_len} text tokens, got {[t.shape[0] for t in text]}")
-        dtype = self.patch_embedding.weight.dtype
+        inputs = inputs or (like.inputs if like is not None else Inputs())
+        self._check(inputs, grid)
+        B, dtype = len(text), self.patch_embedding.weight.dtype
         padded = torch.stack([F.pad(t, (0, 0, 0, self.dims.text_len - t.shape[0])) for t in text])
         text_tokens = self.text_embedding(padded.to(dtype))  # [B, S, D]
         keys_values: list[KeysValues] = [(block.cross_attn.project(text_tokens),) for block in self.blocks]
-        of_text = self.adapter.project(text_tokens) if self.adapter else ()
-        if like is not None:
-            pairs = tuple(own + others[1:] for own, others in zip(keys_values, like.keys_values, strict=True))
-            return replace(like, keys_values=pairs, adapter_keys_values=of_text)
-        inputs = inputs or Inputs()
-        self._check(inputs, grid)
-        channels = control = None
-        if inputs.channels is not None:
-            channels = patchify(inputs.channels[None], dtype=dtype).expand(len(text), -1, -1)
-        if self.img_emb is not None and inputs.image is not None:
-            image = self.img_emb(inputs.image).to(dtype).expand(len(text), -1, -1)
-            with_image = [block.cross_attn for block in self.blocks if isinstance(block.cross_attn, ImageCrossAttention)]
-            keys_values = [
-                (*own, attention.project_image(image)) for own, attention in zip(keys_values, with_image, strict=True)
-            ]
-        if self.adapter and inputs.control is not None:
-            control = self.adapter.prepare(inputs.control[None]).expand(len(text), -1, -1)
+        if inputs.image is not None:
+            keys_values = [(*own, pair) for own, pair in zip(keys_values, self._of_image(inputs.image, B, like), strict=True)]
+        given = self.adapter.prepare(inputs, text_tokens, grid, like) if self.adapter else Given()
+        channels = None
+        if (own := inputs.channels) is not None:
+            if like is not None and like.inputs.channels is own and like.given.channels is given.channels:
+                channels = like.channels
+            else:
+                own = own if given.channels is None else own + given.channels
+                channels = patchify(own[None], dtype=dtype).expand(B, -1, -1)
+        extra, whole = given.extra, grid
+        if inputs.reference is not None:  # latent frames behind the clip's
+            reference = self.embed(inputs.reference[None])
+            reference = (reference if given.of_reference is None else reference + given.of_reference).expand(B, -1, -1)
+            extra = reference if extra is None else torch.cat([reference, extra], dim=1)
+            whole = (grid[0] + inputs.reference.shape[1], *grid[1:])
+        device, head_dim = padded.device, self.dims.head_dim
+        table = rope_table(max(whole), head_dim, device) if given.places is None else _table_with(grid, given.places, head_dim)
         return Context(
+            inputs=inputs,
             keys_values=tuple(keys_values),
-            grid=grid,
-            table=rope_table(max(grid), self.dims.head_dim, padded.device),
+            grid=whole if given.places is None else None,
+            table=table,
             channels=channels,
-            adapter=control,
-            adapter_scale=inputs.control_scale,
-            adapter_keys_values=of_text,
+            extra=extra,
+            given=given,
         )
 
-    def embed(self, latents: Tensor, channels: Tensor | None = None) -> Tensor:
-        """[B, C, T, H, W] -> [B, L, D] fp32: one token per 1x2x2 patch, w fastest; channels: [B, L, 4 C'], of others behind."""
+    def _of_image(self, image: Tensor, B: int, like: Context | None) -> Iterable[tuple[Tensor, Tensor]]:
+        """Keys and values of tokens of pictures [I, S, image_dim], per block."""
+        if like is not None and like.inputs.image is image:
+            return [pairs[1] for pairs in like.keys_values]
+        assert self.img_emb is not None
+        tokens = self.img_emb(image).to(self.patch_embedding.weight.dtype).expand(B, -1, -1)
+        layers = [block.cross_attn for block in self.blocks]
+        return [layer.project_image(tokens) for layer in layers if isinstance(layer, ImageCrossAttention)]
+
+    def embed(self, latents: Tensor, context: Context | None = None) -> Tensor:
+        """[B, C, T, H, W] -> [B, L, D] fp32: one token per 1x2x2 patch, w fastest; with what a context has of channels behind
+        theirs, and of tokens to be added."""
         weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
         tokens = patchify(latents, dtype=weight.dtype)
-        if channels is not None:
-            tokens = torch.cat([tokens, channels], dim=-1)
-        return F.linear(tokens, weight.flatten(1), bias).float()
+        if context is not None and context.channels is not None:
+            tokens = torch.cat([tokens, context.channels], dim=-1)
+        x = F.linear(tokens, weight.flatten(1), bias).float()
+        return x if context is None or context.given.added is None else x.add_(context.given.added)
 
     def _check(self, inputs: Inputs, grid: Grid) -> None:
         dims, (T, H, W) = self.dims, grid
@@ -213,6 +213,9 @@ class WanDiT(nn.Module):
         if (count is None) == bool(dims.image_dim) or dims.image_positions not in (0, count):
             wanted = (dims.image_positions or "some") if dims.image_dim else "no"
             raise ValueError(f"the model takes {wanted} tokens of pictures, got {count}")
+        able = {"channels", "image", "reference", *(self.adapter.takes if self.adapter else ())}
+        if surplus := [name for name, _ in inputs.tensors() if name not in able]:
+            raise ValueError(f"the model does not take {', '.join(surplus)}")
 
 
 class ImageEmbedding(nn.Module):
@@ -261,3 +264,9 @@ def grid_of(shape: Sequence[int]) -> Grid:
     """(T, H/2, W/2) patches of latents [..., T, H, W]."""
     T, H, W = shape[-3:]
     return T // PATCH[0], H // PATCH[1], W // PATCH[2]
+
+
+def _table_with(grid: Grid, places: Tensor, head_dim: int) -> Tensor:
+    """Of `rope_table_of` for the tokens of a grid and those at `places` [E, 3] behind them."""
+    own = torch.cartesian_prod(*(torch.arange(size, device=places.device) for size in grid))
+    return rope_table_of(torch.cat([own, places]), head_dim, device=places.device)

@@ -12,7 +12,7 @@ from wan_fast import schemes
 from wan_fast.backends import kernel_plan
 from wan_fast.config import EngineConfig
 from wan_fast.device import describe, gpu_list
-from wan_fast.manifest import HEAD_DIM
+from wan_fast.tasks import HEAD_DIM
 
 _NEEDED = (
     *("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface_hub"),

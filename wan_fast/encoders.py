@@ -1,5 +1,5 @@
 """The encoders, through transformers: of text, umT5 (arXiv 2304.09151), with its tokenizer and the official text cleaning; of
-pictures, the image tower of CLIP (arXiv 2103.00020) with the official resizing."""
+pictures, the image tower of CLIP (arXiv 2103.00020) with the official resizing; of sound, wav2vec2 (arXiv 2006.11477)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from wan_fast import manifest
 from wan_fast.checkpoint import read_tokenizer
 from wan_fast.config import WanFastError
+from wan_fast.manifest import AudioDims
+from wan_fast.names import AUDIO_NAMES, native_name
 from wan_fast.tasks import TEXT_LEN
 
 # umT5's token
@@ -140,6 +142,59 @@ class ImageEncoder(nn.Module):
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         pixels = (square * 0.5 + 0.5 - mean.to(square)) / std.to(square)
         return self.model(pixels.to(weight)).last_hidden_state[0]
+
+
+class AudioEncoder(nn.Module):
+    """wav2vec2 over the whole of a sound at once."""
+
+    def __init__(self, dims: AudioDims) -> None:
+        from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+        super().__init__()
+        config = Wav2Vec2Config(
+            hidden_size=dims.dim,
+            intermediate_size=dims.ffn_dim,
+            num_hidden_layers=dims.num_layers,
+            num_attention_heads=dims.num_heads,
+            conv_dim=dims.conv_dims,
+            num_conv_pos_embeddings=dims.position_kernel,
+            num_conv_pos_embedding_groups=dims.position_groups,
+            conv_bias=True,
+            feat_extract_norm="layer",
+            do_stable_layer_norm=True,
+            # all that is random, in training alone
+            apply_spec_augment=False,
+            mask_time_prob=0.0,
+            layerdrop=0.0,
+        )
+        self.model = Wav2Vec2Model(config)
+        self.last_is_normed = dims.last_is_normed
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load weights by their native names, or by those of any version of transformers."""
+        names = {name: native_name(name, AUDIO_NAMES) for name in state_dict}
+        renamed = {f"model.{names[name]}": tensor for name, tensor in state_dict.items() if names[name] is not None}
+        return super().load_state_dict(renamed, strict=strict, assign=assign)
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """The embedding and the states behind every layer.
+
+        Args:
+            samples: [n] fp32 at 16 kHz.
+
+        Returns:
+            [layers + 1, Ta, dim] in the dtype of the weights; see `sound.features` for Ta.
+        """
+        variance, mean = torch.var_mean(samples.float(), correction=0)
+        normal = (samples.float() - mean) / torch.sqrt(variance + 1e-7)
+        weight = self.model.feature_projection.projection.weight
+        before_the_norm: list[Tensor] = []
+        # what states are said to be differs between versions of transformers in the last alone
+        listening = self.model.encoder.layer_norm.register_forward_pre_hook(lambda _, args: before_the_norm.append(args[0]))
+        with listening:
+            told = self.model(normal[None].to(weight), output_hidden_states=True)
+        last = told.last_hidden_state if self.last_is_normed else before_the_norm[-1]
+        return torch.cat([*told.hidden_states[:-1], last])
 
 
 class Tokenizer:

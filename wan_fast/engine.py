@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,13 @@ from wan_fast import checkpoint as checkpoints
 from wan_fast import manifest, video
 from wan_fast.attention import Attention, Projected, choose, first_that_runs, sdpa
 from wan_fast.backends import IN_8_BITS
-from wan_fast.conditioning import PREPARE, Conditioning, texts_of
+from wan_fast.conditioning import PREPARE, Clips, Conditioning, texts_of
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request, WanFastError
 from wan_fast.dit import WanDiT
 from wan_fast.embeddings import Embeddings
-from wan_fast.encoders import ImageEncoder, TextEncoder, Tokenizer
+from wan_fast.encoders import AudioEncoder, ImageEncoder, TextEncoder, Tokenizer
 from wan_fast.examples import example
+from wan_fast.framing import Segment
 from wan_fast.kernels import only_reference
 from wan_fast.loading import load_model, reload
 from wan_fast.memory import GIB
@@ -40,6 +41,8 @@ from wan_fast.vae import WanVAE, lay_out
 from wan_fast.workspace import Workspace
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# per clip the noise to start from [C, T, H, W], and what draws more of it
+Noise: TypeAlias = Callable[[Segment], tuple[Tensor, Callable[[], Tensor]]]
 # (stage, done, total): "load" counts bytes, "denoise" steps, "decode" frames, the others pieces
 Progress = Callable[[str, int, int], None]
 
@@ -48,22 +51,23 @@ Progress = Callable[[str, int, int], None]
 class Video:
     """A finished clip.
 
-    frames: [F, H, W, 3] uint8 on the CPU; F is 0 where `on_pixels` took them. latents: [C, T, H, W] fp32. stats: seconds and
-    bytes per stage, and the plan.
+    frames: [F, H, W, 3] uint8 on the CPU; F is 0 where `on_pixels` took them. latents: [C, T, H, W] fp32, of a chain those of
+    its clips one after the other. stats: seconds and bytes per stage, and the plan. sound: a file with the clip's sound.
     """
 
     frames: Tensor
     latents: Tensor
     fps: float
     stats: Mapping[str, Any]
+    sound: Path | None = None
 
     def save(self, path: str | Path) -> Path:
-        """Write the clip as .mp4, .webm, .gif, or one frame as .png or .jpg; returns the path."""
+        """Write the clip as .mp4, .webm, .gif, or one frame as .png or .jpg, with its sound; returns the path."""
         path = Path(path)
         if not len(self.frames):
             raise WanFastError(f"there are no frames to save as {str(path)!r}: on_pixels took them as they were made")
         video.check_output(path, len(self.frames), image_only=False)
-        video.write(self.frames, path, self.fps)
+        video.write(self.frames, path, self.fps, self.sound)
         return path
 
 
@@ -167,16 +171,32 @@ class Engine:
         # made outside inference mode, so that the caller may change it
         width, height = todo.request.size
         frames = torch.empty(0 if on_pixels else todo.request.num_frames, height, width, 3, dtype=torch.uint8)
+        latents: list[Tensor] = []
+        take, before = on_pixels or _into(frames), None
         with self._running(todo):
-            latents = self._latents(todo, on_step, progress)[:, todo.framing.leading :]
-            with self._stage("decode"):
-                self._decode(todo, latents, on_frames, on_pixels or _into(frames), progress)
-        return Video(frames=frames, latents=latents.cpu().clone(), fps=todo.request.fps, stats=self._stats(todo))
+            begun = self._begin(todo, progress)
+            for segment in todo.framing.clips:
+                conditioning, made = self._latents(todo, begun, segment, before, on_step, progress)
+                made = made[:, todo.framing.leading :]
+                latents.append(made.cpu().clone())
+                with self._stage("decode"):
+                    if conditioning.before is not None:
+                        made = torch.cat([conditioning.before, made], dim=1)
+                    before = self._decode(todo, segment, made, before, on_frames, take, progress)
+        return Video(
+            frames=frames,
+            latents=torch.cat(latents, dim=1),
+            fps=todo.request.fps,
+            stats=self._stats(todo),
+            sound=todo.framing.sound,
+        )
 
     def latents(self, todo: Plan, *, on_progress: Progress | None = None) -> Tensor:
-        """Carry out a plan of this engine's up to the final latents [C, T, H, W] fp32, on its device."""
+        """Carry out a plan of this engine's up to the final latents [C, T, H, W] fp32 on its device; of a chain those of its
+        first clip."""
+        progress = on_progress or _silent
         with self._running(todo):
-            return self._latents(todo, None, on_progress or _silent)
+            return self._latents(todo, self._begin(todo, progress), todo.framing.clips[0], None, None, progress)[1]
 
     @contextmanager
     def _running(self, todo: Plan) -> Iterator[None]:
@@ -192,14 +212,30 @@ class Engine:
         ):
             yield
 
-    def _latents(self, todo: Plan, on_step: Callable[[Step], None] | None, progress: Progress) -> Tensor:
+    def _begin(self, todo: Plan, progress: Progress) -> tuple[Clips, Noise]:
+        """What gives each clip what it is conditioned on, and its noise."""
         self.workspace.make_room(todo)
         with self._stage("prepare"):
-            progress("prepare", 0, 1)
-            conditioning = PREPARE[self.spec.kind](todo.request, todo.framing, self)
-            progress("prepare", 1, 1)
+            progress("prepare", 0, len(todo.framing.clips))
+            return PREPARE[self.spec.kind](todo.request, todo.framing, self), self._noise(todo)
+
+    def _latents(
+        self,
+        todo: Plan,
+        begun: tuple[Clips, Noise],
+        segment: Segment,
+        before: Tensor | None,
+        on_step: Callable[[Step], None] | None,
+        progress: Progress,
+    ) -> tuple[Conditioning, Tensor]:
+        """What a clip is conditioned on, and its latents [C, T, H, W] fp32; `before` are the frames before it, where it is
+        given any, [3, n, H, W] in [-1, 1]."""
+        clips, noise = begun
+        with self._stage("prepare"):
+            conditioning = clips(segment, before)
+            progress("prepare", segment.index + 1, len(todo.framing.clips))
         with self._stage("denoise"):
-            return self._denoise(todo, conditioning, on_step, progress)
+            return conditioning, self._denoise(todo, segment, conditioning, *noise(segment), on_step, progress)
 
     def encode_text(self, texts: Mapping[str, str]) -> Mapping[str, Tensor]:
         """Each text -> [S, text_dim], unpadded, on the engine's device; from the user's cache where it is there."""
@@ -228,25 +264,39 @@ class Engine:
         with self._at_work("image") as encoder:
             return torch.stack([encoder(picture.to(self.device)) for picture in pictures])
 
+    def encode_audio(self, samples: Tensor) -> Tensor:
+        """Sound [n] fp32 at 16 kHz -> all states of the audio encoder [layers, Ta, width] fp32, at 50 per second."""
+        with self._at_work("audio") as encoder, tf32_convolutions(False):
+            return encoder(samples.to(self.device))
+
     def encode_video(self, chunks: Iterable[Tensor], num_frames: int) -> Tensor:
         """A clip in chunks [3, f, H, W] in [-1, 1], 1 frame and then multiples of 4 -> normalised latents [C, T, h, w] fp32."""
         with self._at_work("vae") as vae:
             return vae.encode_stream(chunks, num_frames)
 
     def _denoise(
-        self, todo: Plan, conditioning: Conditioning, on_step: Callable[[Step], None] | None, progress: Progress
+        self,
+        todo: Plan,
+        segment: Segment,
+        conditioning: Conditioning,
+        noise: Tensor,
+        draw: Callable[[], Tensor],
+        on_step: Callable[[Step], None] | None,
+        progress: Progress,
     ) -> Tensor:
-        workspace = self.workspace
-        clip = workspace.begin(todo, conditioning, *self._noise(todo))
+        workspace, steps = self.workspace, todo.steps
+        clip = workspace.begin(todo, conditioning, noise, draw)
+        done, total = segment.index * len(steps), len(todo.framing.clips) * len(steps)
 
         def report(step: Step) -> None:
-            progress("denoise", step.index + 1, step.total)
+            progress("denoise", done + step.index + 1, total)
             if on_step:
                 on_step(step)
 
-        progress("denoise", 0, len(todo.steps))
+        progress("denoise", done, total)
+
         try:
-            denoise(todo.steps, clip.branches, clip.solver, run=clip.run, on_step=report)
+            denoise(steps, clip.branches, clip.solver, run=clip.run, on_step=report)
             return clip.solver.latents if workspace.kept is None else clip.solver.latents.clone()
         except BaseException:
             workspace.kept = None  # its memory holds half a clip
@@ -258,15 +308,30 @@ class Engine:
     def _decode(
         self,
         todo: Plan,
+        segment: Segment,
         latents: Tensor,
+        before: Tensor | None,
         on_frames: Callable[[Tensor], None] | None,
         on_pixels: Callable[[Tensor], None],
         progress: Progress,
-    ) -> None:
-        """Give on_pixels the frames [f, H, W, 3] uint8, chunk by chunk."""
-        done, memory = 0, todo.memory
+    ) -> Tensor | None:
+        """Give on_pixels the frames [f, H, W, 3] uint8 of a clip, chunk by chunk. Returns the last frames [3, n, H, W] in
+        [-1, 1] of what there is then, as many as the next clip is given; `before` are those before this one."""
+        done, memory, history = segment.offset, todo.memory, todo.framing.history
         run = self.workspace.run(todo) if memory.decode_graphs else directly
-        progress("decode", 0, todo.request.num_frames)
+        progress("decode", done, todo.request.num_frames)
+        if on_frames or history:
+            taken = _part(segment)
+
+            def take(chunk: Tensor) -> None:
+                nonlocal before
+                chunk = chunk[:, taken(chunk.shape[1])]
+                if on_frames and chunk.shape[1]:
+                    on_frames(chunk)
+                if history:
+                    tail = chunk[:, -history:]
+                    before = torch.cat([tail] if before is None else [before, tail], dim=1)[:, -history:].contiguous()
+
         with self._at_work("vae") as vae:
             stream = vae.decode_stream(
                 latents,
@@ -274,31 +339,41 @@ class Engine:
                 piece=memory.decode_piece,
                 tiles=memory.decode_tiles,
                 rounding=self.spec.image_only,  # the official writers truncate video and round pictures
-                on_frames=on_frames,
+                on_frames=take if on_frames or history else None,
                 run=None if run is directly else run,
             )
+            kept = _part(segment)
             for pixels in on_the_host(stream):
-                on_pixels(pixels)
+                pixels = pixels[kept(pixels.shape[0])]
+                if len(pixels):
+                    on_pixels(pixels)
                 done += pixels.shape[0]
                 progress("decode", done, todo.request.num_frames)
         self.workspace.note(run, "decode")
+        return before
 
-    def _noise(self, todo: Plan) -> tuple[Tensor, Callable[[], Tensor]]:
-        """The noise to start from [C, T, H, W], and what draws more of it."""
-        sampler, (C, T, H, W) = sampler_of(todo.request), todo.latent_shape
+    def _noise(self, todo: Plan) -> Noise:
+        """Per clip the noise to start from [C, T, H, W], and what draws more of it."""
+        sampler, (C, T, H, W), trailing = sampler_of(todo.request), todo.latent_shape, todo.framing.trailing
         generator = torch.Generator(self.device).manual_seed(todo.request.seed)
-        noise = torch.randn(C, T, H, W, generator=generator, device=self.device)
+        dtype = torch.bfloat16 if self.spec.seed_per_clip else torch.float32
 
         def draw() -> Tensor:
             if sampler.time_first:
                 return torch.randn(T, C, H, W, generator=generator, device=self.device).transpose(0, 1)
-            return torch.randn(C, T, H, W, generator=generator, device=self.device)
+            return torch.randn(C, T + trailing, H, W, generator=generator, device=self.device, dtype=dtype)[:, :T].float()
 
-        if todo.request.noise is not None:
-            from safetensors.torch import load_file
+        def noise(segment: Segment) -> tuple[Tensor, Callable[[], Tensor]]:
+            if self.spec.seed_per_clip:
+                generator.manual_seed(todo.request.seed + segment.index)
+            first = torch.randn(C, T + trailing, H, W, generator=generator, device=self.device, dtype=dtype)[:, :T].float()
+            if todo.request.noise is not None:
+                from safetensors.torch import load_file
 
-            noise = load_file(todo.request.noise)["noise"].float().to(self.device)
-        return noise * sampler.start, draw
+                first = load_file(todo.request.noise)[todo.framing.noises[segment.index]].float().to(self.device)
+            return first * sampler.start, draw
+
+        return noise
 
     def _settle_attention(self) -> None:
         """Take the planned backends if they run, else the next that may stand for them; the plan then says so."""
@@ -368,6 +443,14 @@ class Engine:
                 image,
                 home,
                 lambda name: DTYPES[self._setup.image_dtype],
+                report=report,
+            )
+        if (audio := opened.audio_encoder) is not None and self.spec.kind == "speech":
+            self.models["audio"] = load_model(
+                lambda: AudioEncoder(manifest.AudioDims.of_config(audio.config)),
+                audio,
+                home,
+                lambda name: torch.float32,
                 report=report,
             )
         for name, part in opened.experts.items():
@@ -453,7 +536,7 @@ class Engine:
             yield
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-        self._seconds[name] = time.perf_counter() - start
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def _reset_peak(self) -> None:
         if self.device.type == "cuda":
@@ -467,6 +550,19 @@ class Engine:
             "peak_bytes": peak_bytes(self.device),
             "plan": todo.to_dict(),
         }
+
+
+def _part(segment: Segment) -> Callable[[int], slice]:
+    """Of chunks that follow each other, given by their lengths, what of each belongs to the segment."""
+    place = 0
+
+    def part(length: int) -> slice:
+        nonlocal place
+        first, last = segment.skip - place, segment.skip + segment.count - place
+        place += length
+        return slice(max(first, 0), max(min(last, length), 0))
+
+    return part
 
 
 def _into(frames: Tensor) -> Callable[[Tensor], None]:

@@ -18,6 +18,7 @@ _SURFER = (
     "drops of water glitter in the sun, the wind moves its whiskers, and it slowly turns its head. Green cliffs and a beach "
     "lie behind it."
 )
+_TALKS = "Summer beach holiday. A cream-coloured cat in tortoiseshell sunglasses sits on a surfboard, looks at the camera and talks."
 _BIRD = (
     "Computer animation. A round blue bird with thick eyebrows stands on the ground and looks about unsurely, then "
     "crouches, leaps up and spreads its wings. The camera rises with it into a blue sky, where it glides above sunlit "
@@ -37,7 +38,11 @@ _OF_KIND: dict[str, dict[str, str | tuple[str, ...]]] = {
         "first_frame": "flf2v_input_first_frame.jpg",
         "last_frame": "flf2v_input_last_frame.jpg",
     },
+    "speech": {"prompt": _TALKS, "image": "i2v_input.jpg", "audio": "talk.ogg"},
+    "animate": {},  # a folder that preprocessing makes
     "vace": {"prompt": _NEW_YEAR, "src_ref_images": ("girl.jpg", "snake.jpg")},
+    "subjects": {"prompt": _NEW_YEAR, "src_ref_images": ("girl.jpg", "snake.jpg")},
+    "poses": {"prompt": "a person is dancing", "image": "girl.jpg", "pose_video": "pose.mp4"},
 }
 
 

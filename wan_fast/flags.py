@@ -16,20 +16,16 @@ from wan_fast.config import WanFastError
 
 T = TypeVar("T")
 
-# official flags that this version knows but cannot follow: whether they take a value
-_NOT_YET: dict[str, bool] = {
-    **dict.fromkeys(("--src_root_path", "--refert_num", "--num_clip", "--audio", "--infer_frames"), True),
-    **dict.fromkeys(("--tts_prompt_audio", "--tts_prompt_text", "--tts_text", "--pose_video"), True),
-    **dict.fromkeys(("--replace_flag", "--use_relighting_lora", "--enable_tts", "--start_from_ref"), False),
+# official flags that drive another program: whether they take a value
+_SPEECH: dict[str, bool] = {
+    "--enable_tts": False,
+    **dict.fromkeys(("--tts_prompt_audio", "--tts_prompt_text", "--tts_text"), True),
 }
 # flags of other programs for Wan, and what to do here
 _ELSEWHERE = {
     "--model-name": "did you mean --task?",
-    "--ref-image": "did you mean --src_ref_images?",
-    "--sample-fps": "did you mean --fps?",
     "--prompt-file": "a run makes one video: give its text to --prompt",
     "--image-path-file": "a run makes one video: give its picture to --image",
-    "--phantom-ckpt": "Phantom cannot run in this version yet",
 }
 
 
@@ -63,7 +59,14 @@ class Parser(argparse.ArgumentParser):
                     raise WanFastError(f"unknown flag {flag}; {_ELSEWHERE.get(flag.replace('_', '-'), hint)}")
                 word = name + equals + value
             spelled.append(word)
-        return spelled
+        return phantom_tasks(spelled)
+
+
+def phantom_tasks(words: list[str]) -> list[str]:
+    """A command line; with --phantom_ckpt the tasks s2v-1.3B and s2v-14B are Phantom's own, subject to video."""
+    if not any(word.partition("=")[0] == "--phantom_ckpt" for word in words):
+        return words
+    return re.sub(r"(?<=--task[\0=])s2v-(?=(?:1\.3B|14B)(?:\0|$))", "phantom-", "\0".join(words)).split("\0")
 
 
 class _BadValue(Exception):
@@ -75,17 +78,20 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=120)
 
 
-def add_not_yet(parser: argparse.ArgumentParser) -> None:
-    """Accept the flags of `_NOT_YET`; `refuse_not_yet` says which of them were given."""
-    for flag, takes_value in _NOT_YET.items():
+def add_speech(parser: argparse.ArgumentParser) -> None:
+    """Accept the flags of `_SPEECH`; `refuse_speech` says which of them were given."""
+    for flag, takes_value in _SPEECH.items():
         settings: dict[str, Any] = {} if takes_value else {"nargs": 0, "const": ""}
-        parser.add_argument(flag, action=_Collect, dest="not_yet", help=argparse.SUPPRESS, default=[], **settings)
+        parser.add_argument(flag, action=_Collect, dest="speech", help=argparse.SUPPRESS, default=[], **settings)
 
 
-def refuse_not_yet(parsed: argparse.Namespace) -> None:
-    """Raise if a flag was given that this version knows but cannot follow."""
-    for flag, value in parsed.not_yet:
-        raise WanFastError(f"{flag} {value}".strip() + " is known, but this version cannot follow it yet; leave it out")
+def refuse_speech(parsed: argparse.Namespace) -> None:
+    """Raise if speech is to be made of text."""
+    for flag, value in parsed.speech:
+        raise WanFastError(
+            f"{flag} {value}".strip() + " needs CosyVoice (github.com/FunAudioLLM/CosyVoice) with its model CosyVoice2-0.5B, "
+            "which this version does not run; install it, make the speech there, and give its file as --audio"
+        )
 
 
 class _Collect(argparse.Action):

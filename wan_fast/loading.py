@@ -51,7 +51,7 @@ def reload(model: nn.Module, part: Part, names: Collection[str], dtype: Callable
 
 def _block_of(name: str) -> str:
     """'blocks.3.ffn.0.weight' -> 'blocks.3'; a tensor outside of the blocks is its own."""
-    match = re.match(r"(?:vace_)?blocks\.\d+", name)
+    match = re.match(r"(?:(?:vace_)?blocks|face_adapter\.fuser_blocks)\.\d+", name)
     return match[0] if match else name
 
 
@@ -100,9 +100,9 @@ def read_state(
             state[name] = (tensor if through is None else tensor.to(through)).to(device, kept)
         if lay_out:
             state[name] = lay_out(state[name])
-        before, part_of, _ = name.partition("self_attn.")
-        if part_of:  # as soon as they are there: never all of them twice
-            fuse(state, before + part_of)
+        # as soon as they are there: never all of them twice
+        if match := re.match(r".*(?:self_attn|fuser_blocks\.\d+)\.", name):
+            fuse(state, match[0])
         if linear and form and not form.stored and f"{linear}.weight" in state:
             quantize_in(state, linear, form)
         if report:

@@ -18,7 +18,8 @@ class Lora:
     """A LoRA to be added to the model's weights.
 
     path: a file of SUFFIXES, or a folder with one, or with one per expert. strength: what its updates are multiplied by; 0
-    does nothing. expert: "high_noise" or "low_noise"; None: what the file's name or contents say, else every expert.
+    does nothing. expert: "high_noise" or "low_noise"; None: what the file's name or contents say, else every expert. flag: the
+    option that gave it, named in errors.
 
     Raises:
         WanFastError: the path is no such file or folder, the strength no finite number, or the expert unknown.
@@ -27,9 +28,10 @@ class Lora:
     path: str
     strength: float = 1.0
     expert: str | None = None
+    flag: str = "--lora"
 
     def __post_init__(self) -> None:
-        flag, suffix = f"--lora {self.path!r}", splitext(self.path)[1]
+        flag, suffix = f"{self.flag} {self.path!r}", splitext(self.path)[1]
         if not self.path.strip():
             raise WanFastError("--lora '' is empty; give the path of a LoRA, as in style.safetensors:0.8")
         if not exists(self.path):

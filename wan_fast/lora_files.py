@@ -19,6 +19,7 @@ from wan_fast.errors import WanFastError
 from wan_fast.headers import TensorInfo, read_header
 from wan_fast.lora import EXPERTS, SUFFIXES, Lora
 from wan_fast.manifest import Shapes
+from wan_fast.manifest.pose import POSE_TENSORS
 from wan_fast.names import DIT_NAMES, native_name
 
 _PREFIX = re.compile(
@@ -55,6 +56,9 @@ _LOW_PART = "transformer_2"
 _GUESSES = {
     r"lora_te|text_encoder|text_model|encoder\.block": "they belong to a text encoder, which takes no LoRA; remove them",
     r"(?:double|single|transformer|input|output|down|up|mid)_blocks?[._]": "it is a LoRA of another kind of model",
+    r"inpaint_embedding|learn_in_embedding": "it is UniAnimate's for inpainting, which this version does not run; take "
+    "UniAnimate-Wan2.1-14B-Lora-12000.ckpt",
+    r"dwpose_embedding|randomref_embedding": "it is UniAnimate's; give it as --unianimate_ckpt, with --task unianimate-14B",
     r"vace|face_|audio|control_adapter|ref_conv|pose_": "it is a LoRA of another variant of Wan, with modules that this lacks",
     r"^(?!.*lora).*\.(?:weight|bias)$": "they are whole weights, as training code saves them beside a LoRA",
 }
@@ -111,7 +115,7 @@ def open_loras(loras: Sequence[Lora], experts: Mapping[str, Shapes]) -> dict[str
     one_expert = len(experts) == 1
     for lora in loras:
         for path, named in _files_of(lora, one_expert=one_expert):
-            contents = _contents(path)
+            contents = _contents(path, lora.flag)
             assigned = _assigned(contents, lora.expert, named, one_expert=one_expert)
             told = []
             if one_expert and named:
@@ -175,8 +179,8 @@ class _Contents:
     is_peft: bool
 
 
-def _contents(path: Path) -> _Contents:
-    where, header = f"--lora {str(path)!r}", read_header(path)
+def _contents(path: Path, flag: str) -> _Contents:
+    where, header = f"{flag} {str(path)!r}", read_header(path)
     parts: dict[str, dict[str, TensorInfo]] = {}
     for key, (dtype, shape) in header.tensors.items():
         bare = re.sub(r"\.default(?=\.[^.]+$|$)", "", key).replace(".processor.", ".")
@@ -232,6 +236,8 @@ def _matched(contents: _Contents, part: str, lora: Lora, shapes: Shapes, told: S
     found: dict[str, dict[tuple[str, str], TensorInfo]] = {}
     left, absent = [], 0
     for key, info in contents.parts[part].items():
+        if info.name in shapes and POSE_TENSORS.match(info.name):
+            continue  # the model's own, which are read with it
         if match := _UNSUPPORTED.search(key):
             raise WanFastError(f"{where} has {key}: {match[0]} is not supported; take another export of the LoRA")
         path, leaf, rule, role = _role_of(info.name) or (info.name, "", "", "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -10,8 +10,11 @@ from math import prod
 from wan_fast import manifest, schemes
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Resolved, WanFastError
 from wan_fast.device import Device
+from wan_fast.framing import Framing
+from wan_fast.manifest.speech import MOTION_FRAMES
 from wan_fast.schemes import Form
 from wan_fast.setup import Models, Setup
+from wan_fast.sound import STRIDES
 from wan_fast.steps import Step
 from wan_fast.tasks import PATCH, TILE_HALO, TaskSpec
 
@@ -50,19 +53,21 @@ def memory_plan(
     config: EngineConfig,
     models: Models,
     setup: Setup,
+    framing: Framing,
     latent_shape: tuple[int, int, int, int],
-    decoded: int,
+    tokens: int,
     request: Resolved,
     steps: tuple[Step, ...],
 ) -> MemoryPlan:
     """Weights and working memory by stage; models take turns on the device only where the budget asks for it.
 
     Args:
-        config, models, setup, request, steps: of the plan.
-        latent_shape: [C, T, H, W] of what is denoised.
-        decoded: latent frames of it that are decoded.
+        config, models, setup, framing, request, steps: of the plan.
+        latent_shape: [C, T, H, W] of what is denoised at a time.
+        tokens: of it, and those that the model puts behind.
     """
-    clip_shape = (latent_shape[0], decoded, *latent_shape[2:])
+    latent_frames = latent_shape[1] - framing.leading
+    clip_shape = (latent_shape[0], max(latent_frames, (framing.decoded + 3) // 4), *latent_shape[2:])
     device, size = setup.device, 2 if setup.dtype == "bf16" else 4
     weights = {"text encoder": size * manifest.num_parameters(models.text)}
     for name, dims in models.experts.items():
@@ -81,22 +86,37 @@ def memory_plan(
     at_work = {"text": ["text encoder"], "denoise": dits, "decode": ["VAE"]}
     working = {
         "text": _text_bytes(models.text, size),
-        "denoise": _denoise_bytes(models.experts, latent_shape, size, fused, setup.forms, config.attention in ATTENTION_8BIT)
+        "denoise": _denoise_bytes(
+            models.experts,
+            latent_shape,
+            tokens,
+            size,
+            fused,
+            setup.forms,
+            config.attention in ATTENTION_8BIT,
+            branches=max(2, *(step.passes for step in steps)),
+        )
         + _kept_bytes(models.experts, latent_shape, size, steps)
-        + _inputs_bytes(config.spec, models.experts, latent_shape, size, {step.expert for step in steps}),
+        + _inputs_bytes(config.spec, models.experts, latent_shape, tokens, size, {step.expert for step in steps}),
     }
     if models.image is not None:
         at_work["image"], working["image"] = ["image encoder"], _image_bytes(models.image, image_size)
-    if encoded := clips_encoded(config.spec, request, decoded):
+    if models.audio is not None:
+        weights["audio encoder"] = 4 * manifest.num_parameters(manifest.audio_shapes(models.audio))
+        at_work["audio"], working["audio"] = ["audio encoder"], _audio_bytes(models.audio, framing.samples)
+    if encoded := clips_encoded(config.spec, request, latent_frames, len(framing.clips)):
         at_work["encode"] = ["VAE"]
         frames = 4 if any(latent_frames > 1 for latent_frames, _ in encoded) else 1
         working["encode"] = _encode_bytes(models.vae, latent_shape, vae_size, fused, frames)
+    history = 4 * 3 * prod(request.size) * framing.history  # what the next clip is given
+    for stage in {"denoise", "encode"} & {*working}:
+        working[stage] += history
     asked = config.offload_model if device.type != "cpu" and not config.cuda_graphs else False
     whole = [(*decode, 1) for decode in DECODES[device.type]]
     tiled = [(*DECODES[device.type][-1], tiles) for tiles in TILES if tiles <= max(latent_shape[2:])]
     placings = (False, True) if asked is None else (asked,)
     for offload, (chunk, piece, tiles) in (*product(placings, whole), *product(placings, tiled)):
-        working["decode"] = _decode_bytes(models.vae, clip_shape, chunk, piece, tiles, vae_size, fused)
+        working["decode"] = _decode_bytes(models.vae, clip_shape, chunk, piece, tiles, vae_size, fused) + history
         if tiles > 1 and device.type == "cpu":  # where the clip waits for its last strip
             working["decode"] += 3 * vae_size * prod(request.size) * request.num_frames
         # with offload one model at a time is on the device: of two experts the larger counts
@@ -169,17 +189,18 @@ def _text_bytes(text: manifest.Shapes, size: int) -> int:
 def _denoise_bytes(
     experts: Mapping[str, manifest.DiTDims],
     latent_shape: tuple[int, ...],
+    tokens: int,
     size: int,
     fused: bool,
     forms: Mapping[str, Mapping[str, Form]],
     attention_8bit: bool,
+    branches: int,
 ) -> int:
     """Peak working bytes of a step: the residual stream, the larger of attention and feed-forward, text keys and values.
 
     `fused`: with kernels; the references hold fp32 copies of q or k, and the turn of every token, beside them.
     """
-    L = prod(latent_shape[1:]) // prod(PATCH)
-    largest = 0
+    L, largest = tokens, 0
     for name, dims in experts.items():
         D, F, S = dims.dim, dims.ffn_dim, dims.text_len
         # the normed stream, q, k and v, what attention returns and its projection
@@ -195,10 +216,10 @@ def _denoise_bytes(
             # references hold two in fp32 between
             before = 0 if down.input != "row" and fused else size if fused else size + 8
             feed_forward = max(L * (2 * D + int(F * (before + 1.04))), feed_forward if _some_whole(forms[name], dims) else 0)
-        text = 2 * len(experts) * (dims.num_layers + len(dims.vace_layers)) * 2 * S * D * size
+        text = branches * len(experts) * (dims.num_layers + len(dims.vace_layers)) * 2 * S * D * size
         largest = max(largest, L * D * 4 + max(attention, feed_forward) + text)
-    # latents, two velocities, the solver's three, and tokens of the head
-    return largest + 10 * 4 * prod(latent_shape)
+    # latents, two velocities or three, the solver's three, and tokens of the head
+    return largest + (8 + branches) * 4 * prod(latent_shape)
 
 
 def _kept_bytes(
@@ -207,7 +228,8 @@ def _kept_bytes(
     """What caches keep from step to step: a residual of the block stack per branch that is reused, and the difference between
     the branches, in two bands where they are weighed by themselves, with what a Fourier transform holds besides."""
     tokens = prod(latent_shape[1:]) // prod(PATCH)
-    branches = any(step.conditional == "reuse" for step in steps) + any(step.unconditional == "reuse" for step in steps)
+    others = max(step.passes - 1 for step in steps) * any(step.unconditional == "reuse" for step in steps)
+    branches = any(step.conditional == "reuse" for step in steps) + others
     residuals = branches * tokens * max(dims.dim for dims in experts.values()) * size
     reconstructed = [step.difference for step in steps if step.unconditional == "reconstruct"]
     in_bands = any(low != high for low, high in reconstructed)
@@ -249,27 +271,45 @@ def _decode_bytes(
     return int(1.2 * history + (2.2 if size == 4 and dims.decoder_dim < 64 else 1.85) * alive)
 
 
-def clips_encoded(spec: TaskSpec, request: Resolved, latent_frames: int) -> list[tuple[int, int | None]]:
+# by kind of task, of the request, latent frames and clips: what is encoded, one after the other
+_ENCODED: dict[str, Callable[[Resolved, int, int], list[tuple[int, int | None]]]] = {
+    "text": lambda request, T, clips: [],
+    "text_image": lambda request, T, clips: [(1, None)] * (request.image is not None),
+    "image": lambda request, T, clips: [(T, 0)],
+    "first_last": lambda request, T, clips: [(T, 1)],
+    "vace": lambda request, T, clips: [
+        (T, 0 if request.src_mask is None else None),
+        *[(T, None)] * (request.src_video is not None),
+        *[(1, None)] * len(request.src_ref_images),
+    ],
+    "speech": lambda request, T, clips: [
+        (1, None),
+        *[((MOTION_FRAMES + 3) // 4, None)] * (clips - (not request.start_from_ref)),
+        *[(T + 1, None)] * (clips * (request.pose_video is not None)),
+    ],
+    "animate": lambda request, T, clips: [(1, None), *[(T, None), (T, None if request.replace_flag else 1)] * clips],
+    "subjects": lambda request, T, clips: [(1, None)] * len(request.src_ref_images),
+    "poses": lambda request, T, clips: [(T, 0)],
+}
+
+
+def clips_encoded(spec: TaskSpec, request: Resolved, latent_frames: int, clips: int) -> list[tuple[int, int | None]]:
     """All that is encoded, one after the other: latent frames, and `changing` as in `manifest.vae_flops`."""
-    picture, grey, footage = (1, None), (latent_frames, 0), (latent_frames, None)
-    if spec.kind == "text_image":
-        return [picture] * (request.image is not None)
-    if spec.vace_layers:
-        kept = grey if request.src_mask is None else footage
-        return [kept, *[footage] * (request.src_video is not None), *[picture] * len(request.src_ref_images)]
-    return [(latent_frames, len(spec.needs & {"last_frame"}))] * bool(spec.in_dim - spec.out_dim)
+    return _ENCODED[spec.kind](request, latent_frames, clips)
 
 
 def _inputs_bytes(
     spec: TaskSpec,
     experts: Mapping[str, manifest.DiTDims],
     latent_shape: tuple[int, ...],
+    all_tokens: int,
     size: int,
     used: Collection[str],
 ) -> int:
     """Bytes of what the `used` models keep of pictures and videos, and what following them takes.
 
-    The VACE branch has a stream of its own, and a hint.
+    The VACE branch has a stream of its own, and a hint. What extends a model keeps tokens to add to the clip's own, and those
+    behind them, with their places.
     """
     tokens = prod(latent_shape[1:]) // prod(PATCH)
     total = 0
@@ -280,13 +320,24 @@ def _inputs_bytes(
         if channels:  # their latents, and tokens of all side by side
             channels += tokens * prod(PATCH) * dims.in_dim * size + 4 * prod(latent_shape[1:]) * dims.condition_dim
         vace = bool(dims.vace_layers) * (tokens * dims.dim * (4 + 2 * size) + 4 * prod(latent_shape[1:]) * dims.vace_dim)
-        total += image + channels + vace
+        extension = bool(dims.extensions) * (tokens * dims.dim * 4 + all_tokens * dims.head_dim * 4)
+        total += image + channels + vace + extension + (all_tokens - tokens) * dims.dim * 4
     return total
 
 
 def _image_bytes(dims: manifest.ClipDims, size: int) -> int:
     """Peak working bytes of a picture's tokens: a layer's feed-forward, and its scores."""
     return size * dims.tokens * (2 * dims.ffn_dim + 6 * dims.dim) + 4 * dims.num_heads * dims.tokens**2
+
+
+def _audio_bytes(dims: manifest.AudioDims, samples: int) -> int:
+    """Peak working bytes of hearing: the widest of the convolutions over samples, or all states and a layer's scores."""
+    frames = samples // prod(STRIDES)
+    states = 4 * frames * dims.dim * 2 * (dims.num_layers + 1)
+    return max(
+        4 * 4 * samples // STRIDES[0] * dims.conv_dims[0],
+        states + 4 * frames * (3 * dims.num_heads * frames + 2 * dims.ffn_dim),
+    )
 
 
 def _encode_bytes(dims: manifest.VaeDims, latent_shape: tuple[int, ...], size: int, fused: bool, frames: int) -> int:

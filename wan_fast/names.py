@@ -17,7 +17,28 @@ ATTENTION_NAMES: Rules = {
     r"\.to_([qkv])\.": r".\1.",
     r"\.to_out\.0\.": ".o.",
 }
+# of Animate's encoders and its face adapter
+_FACE_NAMES: Rules = {
+    r"^motion_encoder\.motion_network\.": "motion_encoder.enc.fc.",
+    r"^motion_encoder\.motion_synthesis_weight$": "motion_encoder.dec.direction.weight",
+    r"^motion_encoder\.conv_in\.weight$": "motion_encoder.enc.net_app.convs.0.0.weight",
+    r"^motion_encoder\.conv_in\.act_fn\.bias$": "motion_encoder.enc.net_app.convs.0.1.bias",
+    r"^motion_encoder\.conv_out\.": "motion_encoder.enc.net_app.convs.8.",
+    **{rf"^motion_encoder\.res_blocks\.{n}\.": f"motion_encoder.enc.net_app.convs.{n + 1}." for n in range(7)},
+    r"(convs\.\d\.conv1)\.weight$": r"\1.0.weight",
+    r"(convs\.\d\.conv1)\.act_fn\.bias$": r"\1.1.bias",
+    r"(convs\.\d\.conv2)\.weight$": r"\1.1.weight",
+    r"(convs\.\d\.conv2)\.act_fn\.bias$": r"\1.2.bias",
+    r"(convs\.\d)\.conv_skip\.weight$": r"\1.skip.1.weight",
+    r"^face_encoder\.(conv1_local|conv2|conv3)\.(?!conv)": r"face_encoder.\1.conv.",
+    r"^face_adapter\.(\d+)\.to_([qkv])\.": r"face_adapter.fuser_blocks.\1.linear1_\2.",
+    r"^face_adapter\.(\d+)\.to_out\.(?:0\.)?": r"face_adapter.fuser_blocks.\1.linear2.",
+    r"^face_adapter\.(\d+)\.norm_([qk])\.": r"face_adapter.fuser_blocks.\1.\2_norm.",
+}
+# the native layout keeps the kernel of every blur, which is the same in all
+_BLURS: Rules = {r"^motion_encoder\..*\.kernel$": None}
 DIT_NAMES: Rules = {
+    **_FACE_NAMES,
     r"^condition_embedder\.text_embedder\.linear_1\.": "text_embedding.0.",
     r"^condition_embedder\.text_embedder\.linear_2\.": "text_embedding.2.",
     r"^condition_embedder\.time_embedder\.linear_1\.": "time_embedding.0.",
@@ -97,6 +118,14 @@ CLIP_NAMES: Rules = {
     r"^(?:textual\.|log_scale$|logit_scale$|text_model\.|visual_projection\.|text_projection\.)": None,
     r"^(?:post_layernorm\.|visual\.post_norm\.|visual\.head$)": None,
 }
+# of wav2vec2 in transformers; the names are those of version 5
+AUDIO_NAMES: Rules = {
+    r"^wav2vec2\.": "",
+    r"\.pos_conv_embed\.conv\.weight_g$": ".pos_conv_embed.conv.parametrizations.weight.original0",
+    r"\.pos_conv_embed\.conv\.weight_v$": ".pos_conv_embed.conv.parametrizations.weight.original1",
+    # of recognising text, and of training
+    r"^(?:lm_head\.|masked_spec_embed$)": None,
+}
 GGUF_TEXT_NAMES: Rules = {
     r"^token_embd\.": "token_embedding.",
     r"^enc\.output_norm\.": "norm.",
@@ -117,14 +146,16 @@ _SIGNS = {
     "VAE": "decoder.middle.0.residual.0.gamma",
     "text encoder": "blocks.0.attn.q.",
     "image encoder": "visual.transformer.0.norm1.",
+    "audio encoder": "feature_extractor.conv_layers.0.conv.",
 }
 _LORA = re.compile(r"[._](?:lora_(?:A|B|up|down)\b|lora\.(?:up|down)\.|(?:hada|lokr)_w)|\.diff(?:_[bm])?$")
 
 
 def model_of(stored: Collection[str]) -> str | None:
-    """Which model tensors of these names, less their prefix, are: "DiT", "VAE", "text encoder", "image encoder" or "LoRA"."""
+    """Which model tensors of these names, less their prefix, are: "DiT", "VAE", "text encoder", "image encoder",
+    "audio encoder", "LoRA" or "UniAnimate file"."""
     if any(_LORA.search(name) for name in stored):
-        return "LoRA"
+        return "UniAnimate file" if any("dwpose_embedding." in name for name in stored) else "LoRA"
     rules = rules_for(stored)
     native = [native_name(name, rules) or "" for name in stored]
     return next((what for what, sign in _SIGNS.items() if any(name.startswith(sign) for name in native)), None)
@@ -136,12 +167,17 @@ def rules_for(stored: Collection[str]) -> Rules:
         return DIT_NAMES
     if any(name.startswith("encoder.block.") for name in stored):
         return TEXT_NAMES
+    # before CLIP's, with which it has names in common
+    if any(name.removeprefix("wav2vec2.").startswith("feature_extractor.conv_layers.") for name in stored):
+        return AUDIO_NAMES
     if any(name.startswith(("visual.", "vision_model.", "encoder.layers.")) for name in stored):
         return CLIP_NAMES
     if any(".mid_block.resnets." in name for name in stored):
         # 2.2 nests its layers by level on the way down too
         nested = any(re.match(r"encoder\.down_blocks\.\d\.resnets\.", name) for name in stored)
         return VAE22_NAMES if nested else VAE21_NAMES
+    if any(name.startswith("motion_encoder.enc.") for name in stored):
+        return _BLURS
     return GGUF_TEXT_NAMES if any(name.startswith("enc.blk.") for name in stored) else {}
 
 

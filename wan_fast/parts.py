@@ -22,6 +22,8 @@ from wan_fast.weights import Part
 
 # where a tokenizer lies in a native checkpoint
 UMT5 = "google/umt5-xxl"
+# where the audio encoder lies in a native checkpoint
+WAV2VEC2 = "wav2vec2-large-xlsr-53-english"
 
 
 def open_dit(folder: Path) -> Part:
@@ -34,7 +36,7 @@ def open_part(path: Path, what: str) -> Part:
 
     Args:
         path: a .safetensors, .pth or .gguf file; a folder with one, or with shards.
-        what: "DiT", "VAE", "text encoder" or "image encoder".
+        what: "DiT", "VAE", "text encoder", "image encoder" or "audio encoder".
 
     Raises:
         WanFastError: it holds another model or none, or cannot be read.
@@ -59,12 +61,14 @@ _FLAGS = {
     "VAE": "--vae",
     "text encoder": "--text_encoder",
     "image encoder": "--image_encoder",
+    "audio encoder": f"{WAV2VEC2}/ in --ckpt_dir",
     "LoRA": "--lora",
+    "UniAnimate file": "--unianimate_ckpt",
 }
 
 
 def _a(what: str) -> str:
-    return f"{'an' if what.startswith('image') else 'a'} {what}"
+    return f"{'an' if what.startswith(('image', 'audio')) else 'a'} {what}"
 
 
 def model_in(found: Sequence[Path]) -> str | None:
@@ -132,6 +136,22 @@ def image_encoder_in(found: Sequence[Path], path: Path) -> Part:
     return replace(part, tensors=tensors, scales={name: kinds for name, kinds in part.scales.items() if name in tensors})
 
 
+def audio_encoder_in(folder: Path) -> Part | None:
+    """wav2vec2 in a folder of a checkpoint: under its usual name, or the one whose config.json says so.
+
+    Raises:
+        WanFastError: there are several, or it cannot be read.
+    """
+    found = [folder / WAV2VEC2] if (folder / WAV2VEC2).is_dir() else []
+    for config in () if found else sorted(folder.glob("*/config.json")):
+        if read_json(config).get("model_type") == "wav2vec2":
+            found.append(config.parent)
+    if len(found) > 1:
+        named = ", ".join(f"{path.name}/" for path in found)
+        raise WanFastError(f"{str(folder)!r} holds several folders with an audio encoder: {named}; keep one")
+    return part_in(found[0], "model", "audio encoder") if found else None
+
+
 def part_in(folder: Path, stem: str, what: str) -> Part:
     found, config = files_of(folder, stem, what), folder / "config.json"
     # a file of another name may come without a config: the sizes are then those of its tensors
@@ -165,6 +185,10 @@ def files_of(folder: Path, stem: str, what: str) -> list[Path]:
             if not shard.is_file():
                 raise WanFastError(f"shard {shard.name} of {len(shards)} is missing from {str(folder)!r}; download it")
         return shards
+    # Phantom's is of another name, beside a model of another size
+    others = sorted(folder.glob("*.safetensors.index.json")) if what == "DiT" else []
+    if len(others) == 1 and index.name not in others[0].name:
+        return files_of(folder, others[0].name.removesuffix(".safetensors.index.json"), what)
     if other := find_model(folder, what):
         return [other]
     raise WanFastError(

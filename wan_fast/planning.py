@@ -7,7 +7,7 @@ device. The engine only executes it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -24,6 +24,7 @@ from wan_fast.memory import MemoryPlan, clips_encoded, gib, memory_plan, strips
 from wan_fast.presets import named_preset
 from wan_fast.schedule import schedule
 from wan_fast.setup import Models, Setup, set_up
+from wan_fast.single_files import to_be_given
 from wan_fast.steps import Step
 from wan_fast.tasks import PATCH, TaskSpec
 
@@ -65,7 +66,7 @@ class Plan:
     @property
     def forwards_uncached(self) -> int:
         """The same, were none left out."""
-        return sum(1 + (step.unconditional != "none") for step in self.steps)
+        return sum(step.passes for step in self.steps)
 
     @property
     def seconds_at_least(self) -> float | None:
@@ -141,28 +142,33 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
     config = config if config.quality is None else setup.config
     opened = setup.checkpoint
     request, preset, warnings = named_preset(request, setup)
+    warnings += filter(None, [to_be_given(config) if opened is None else ""])
     todo = resolve(spec, request, Request(**opened.defaults) if opened and opened.defaults else None)
     # one that goes to both experts says the same in each
     warnings += dict.fromkeys(warning for files in setup.loras.values() for file in files for warning in file.warnings)
     framing = FRAME[spec.kind](todo, spec, request.num_frames)
     warnings += [*_untrained(spec, todo, opened), *filter(None, [framing.note])]
-    todo = replace(todo, size=framing.size, num_frames=framing.num_frames)
+    if config.use_relighting_lora and not todo.replace_flag:
+        warnings.append("--use_relighting_lora fits a person to the light of the video they are put into; add --replace_flag")
+    fps = todo.fps if request.fps is not None or framing.fps is None else framing.fps
+    todo = replace(todo, size=framing.size, num_frames=framing.num_frames, fps=fps)
     if config.offload_model and setup.device.type == "cpu":
         warnings.append("--offload_model True changes nothing: the device is the CPU, where the models are already")
     if setup.vae_dtype == "fp16" and setup.device.type == "cpu":
         warnings.append("--vae_dtype fp16 is very slow on a CPU; bf16 or fp32 is not")
     C, T, H, W = spec.vae_spec.latent_shape(todo.size, todo.num_frames)
+    T = framing.latent_frames or T
     latent_shape = C, T + framing.leading, H, W
     if todo.noise is not None:
-        _check_noise(Path(todo.noise), latent_shape)
-    tokens = prod(latent_shape[1:]) // prod(PATCH)
+        _check_noise(Path(todo.noise), latent_shape, framing)
     models = Models.of(spec, opened)
+    tokens = tokens_by_clip(next(iter(models.experts.values())), framing, latent_shape)
     steps, step_cache, said = schedule(config, todo, opened, next(iter(models.experts.values())), setup.preset)
     warnings += said
     targets = {target for files in setup.loras.values() for file in files if file.lora.strength for target in file.updates}
     if step_cache.startswith("teacache") and any(target.startswith("time_") for target in targets):
         warnings.append("--step-cache teacache goes by the checkpoint's time embedding, which a LoRA changes; take magcache")
-    memory = memory_plan(config, models, setup, latent_shape, T, todo, steps)
+    memory = memory_plan(config, models, setup, framing, latent_shape, max(tokens), todo, steps)
     flops = _flops(models, spec, steps, framing, latent_shape, tokens, todo)
     if memory.decode_tiles > 1:
         times = _tiled_flops(models.vae, (C, T, H, W), memory.decode_tiles) / flops["decode"]
@@ -183,7 +189,7 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
         checkpoint=opened,
         framing=framing,
         latent_shape=latent_shape,
-        tokens=tokens,
+        tokens=max(tokens),
         steps=steps,
         preset=preset,
         step_cache=step_cache,
@@ -195,9 +201,20 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
         memory=memory,
         kernels=setup.kernels,
         flops=flops,
-        flops_8bit=_flops_8bit(models, setup, config, steps, tokens),
+        flops_8bit=_flops_8bit(models, setup, config, steps, sum(tokens), sum(count**2 for count in tokens)),
         warnings=tuple(warnings),
     )
+
+
+def tokens_by_clip(dims: manifest.DiTDims, framing: Framing, latent_shape: tuple[int, ...]) -> list[int]:
+    """Of each clip, those that the model puts behind its own among them."""
+    _, T, H, W = latent_shape
+    frame = H * W // prod(PATCH)
+    return [
+        (T + framing.trailing) * frame
+        + sum(extension.extra_tokens(latent_shape, first=segment.index == 0) for extension in dims.extensions)
+        for segment in framing.clips
+    ]
 
 
 def _tiled_flops(dims: manifest.VaeDims, latent_shape: tuple[int, ...], tiles: int) -> float:
@@ -208,11 +225,16 @@ def _tiled_flops(dims: manifest.VaeDims, latent_shape: tuple[int, ...], tiles: i
     return tiles * (every - above) + sum(strips(latent_shape, tiles)) * above
 
 
-def _check_noise(file: Path, latent_shape: tuple[int, ...]) -> None:
+def _check_noise(file: Path, latent_shape: tuple[int, ...], framing: Framing) -> None:
     header = read_safetensors_header(file)
-    if "noise" not in header:
-        raise WanFastError(f"--noise {str(file)!r} has no tensor 'noise', it has: {', '.join(sorted(header)[:4]) or 'none'}")
-    dtype, shape = header["noise"]
+    for name in framing.noises:
+        _check_one_noise(file, name, header, latent_shape)
+
+
+def _check_one_noise(file: Path, name: str, header: Mapping[str, Any], latent_shape: tuple[int, ...]) -> None:
+    if name not in header:
+        raise WanFastError(f"--noise {str(file)!r} has no tensor {name!r}, it has: {', '.join(sorted(header)[:4]) or 'none'}")
+    dtype, shape = header[name]
     if shape != latent_shape or dtype not in ("F32", "BF16", "F16"):
         raise WanFastError(
             f"--noise {str(file)!r} holds {dtype.lower()} {list(shape)}, this size and length need f32 {list(latent_shape)}; "
@@ -226,7 +248,7 @@ def _flops(
     steps: tuple[Step, ...],
     framing: Framing,
     latent_shape: tuple[int, ...],
-    tokens: int,
+    tokens: Sequence[int],
     request: Resolved,
 ) -> dict[str, float]:
     forwards = sum(step.forwards for step in steps)
@@ -234,15 +256,25 @@ def _flops(
     used = len({step.expert for step in steps})
     texts = 1 if all(step.unconditional == "none" for step in steps) else 2
     T, h, w = latent_shape[1] - framing.leading, *latent_shape[2:]
+    own = prod(latent_shape[1:]) // prod(PATCH)
     flops = {
-        "text": texts * (manifest.text_flops(models.text, 512) + used * manifest.dit_text_flops(dims)),
-        "denoise": forwards * manifest.dit_flops(dims, tokens, spec.image_tokens)
-        + used * manifest.dit_inputs_flops(dims, tokens, spec.image_tokens),
-        "decode": manifest.vae_flops(models.vae, "decoder", T, h, w),
+        "text": texts * manifest.text_flops(models.text, 512)
+        + max(step.passes for step in steps) * used * manifest.dit_text_flops(dims),
+        "denoise": sum(
+            forwards * manifest.dit_flops(dims, count, spec.image_tokens, own)
+            + used * manifest.dit_inputs_flops(dims, latent_shape, spec.image_tokens)
+            for count in tokens
+        ),
+        "decode": sum(
+            manifest.vae_flops(models.vae, "decoder", max(T, (clip.skip + clip.count + 3) // 4), h, w)
+            for clip in framing.clips
+        ),
     }
     if models.image is not None:
         flops["image"] = spec.image_tokens // models.image.tokens * manifest.clip_flops(models.image)
-    if encoded := clips_encoded(spec, request, T):
+    if models.audio is not None:
+        flops["audio"] = float(manifest.audio_flops(models.audio, framing.samples))
+    if encoded := clips_encoded(spec, request, T, len(framing.clips)):
         flops["encode"] = sum(
             manifest.vae_flops(models.vae, "encoder", frames, h, w, changing=changing) for frames, changing in encoded
         )
@@ -261,8 +293,10 @@ def _untrained(spec: TaskSpec, todo: Resolved, opened: Checkpoint | None) -> lis
     return [f"{spec.name} was not trained for {what}{todo.size[0]}*{todo.size[1]}; it was for {said}"]
 
 
-def _flops_8bit(models: Models, setup: Setup, config: EngineConfig, steps: tuple[Step, ...], tokens: int) -> dict[str, float]:
-    """Of the FLOPs of all steps those in 8 bits, by precision."""
+def _flops_8bit(
+    models: Models, setup: Setup, config: EngineConfig, steps: tuple[Step, ...], tokens: int, pairs: int
+) -> dict[str, float]:
+    """Of the FLOPs of all steps those in 8 bits, by precision; `pairs` of tokens attend to each other."""
     flops: dict[str, float] = {}
     forms = setup.forms
     # queries by keys, and weights by values: in e4m3, where there is FP8
@@ -280,7 +314,7 @@ def _flops_8bit(models: Models, setup: Setup, config: EngineConfig, steps: tuple
             dims, keep = models.experts[step.expert], config.keep_blocks or 0
             blocks = [i for i in (*range(dims.num_layers), *dims.vace_layers) if keep <= i < dims.num_layers - keep]
             for product in products:
-                count = 2.0 * tokens * tokens * dims.dim * len(blocks)
+                count = 2.0 * pairs * dims.dim * len(blocks)
                 per_forward[product] = per_forward.get(product, 0) + count
         for precision, count in per_forward.items():
             flops[precision] = flops.get(precision, 0) + step.forwards * count

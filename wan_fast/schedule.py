@@ -44,7 +44,8 @@ def schedule(
     Raises:
         WanFastError: something asked for does not fit the run or the model.
     """
-    steps = skipping.without_guidance(step_plan(config.spec, sampler_of(request), request.guidance_scale))
+    by_pictures = request.image_guidance_scale if request.two_scales else None
+    steps = skipping.without_guidance(step_plan(config.spec, sampler_of(request), request.guidance_scale, by_pictures))
     if config.attention in ATTENTION_8BIT:
         keep = config.keep_steps or (0, 0)
         if sum(keep) >= len(steps):
@@ -64,6 +65,12 @@ def schedule(
                     "leave it out"
                 )
         dropped, step_cache = bool(step_cache), None
+    for flag, value in (("--cfg-cache", config.cfg_cache if cfg_cache else None), ("--cfg-zero", config.cfg_zero)):
+        if request.two_scales and value is not None:
+            raise WanFastError(
+                f"{flag} {value} is for one guidance scale, got {request.guidance_scale[0]:g} by the text and {by_pictures:g} "
+                "by the pictures; leave it out, or give both the same"
+            )
     if zero >= len(steps):
         raise WanFastError(
             f"--cfg-zero {zero} leaves none of {len(steps)} steps to compute; take a smaller number, 2 of 50 say"

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from wan_fast import manifest, processes
 from wan_fast.backends import KernelChoice, kernel_plan, settle_forms
-from wan_fast.checkpoint import Checkpoint
+from wan_fast.checkpoint import RELIGHTING, Checkpoint
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, WanFastError
 from wan_fast.device import Device, describe
+from wan_fast.lora import Lora
 from wan_fast.lora_files import LoraFile, open_loras
 from wan_fast.quality import settle
 from wan_fast.schemes import Form
@@ -25,6 +26,7 @@ class Models:
     text: manifest.Shapes
     vae: manifest.VaeDims
     image: manifest.ClipDims | None
+    audio: manifest.AudioDims | None = None
 
     @classmethod
     def of(cls, spec: TaskSpec, opened: Checkpoint | None) -> Models:
@@ -32,12 +34,15 @@ class Models:
             dims = manifest.DiTDims.of_task(spec)
             text = manifest.text_shapes(256384, 4096, 4096, 10240, 64, 24)
             vae, image = manifest.VaeDims.of_spec(spec.vae_spec), manifest.CLIP if spec.image_tokens else None
-            return cls(experts=dict.fromkeys(spec.experts, dims), text=text, vae=vae, image=image)
+            audio = manifest.AUDIO if spec.kind == "speech" else None
+            return cls(experts=dict.fromkeys(spec.experts, dims), text=text, vae=vae, image=image, audio=audio)
         assert opened.text_encoder and opened.vae  # checked
         experts = {name: manifest.DiTDims.of_shapes(part.shapes, part.config) for name, part in opened.experts.items()}
         vae, clip = manifest.VaeDims.of_shapes(opened.vae.shapes), opened.image_encoder if spec.image_tokens else None
         image = manifest.ClipDims.of_shapes(clip.shapes) if clip else None
-        return cls(experts=experts, text=opened.text_encoder.shapes, vae=vae, image=image)
+        heard = opened.audio_encoder if spec.kind == "speech" else None
+        audio = manifest.AudioDims.of_config(heard.config) if heard else None
+        return cls(experts=experts, text=opened.text_encoder.shapes, vae=vae, image=image, audio=audio)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,4 +121,18 @@ def with_loras(setup: Setup, config: EngineConfig) -> Setup:
     """
     models = Models.of(config.spec, setup.checkpoint)
     shapes = {name: manifest.dit_shapes(dims) for name, dims in models.experts.items()}
-    return replace(setup, config=config, loras=open_loras(config.loras, shapes) if config.lora else {})
+    loras = (*config.loras, *_relighting(config, setup.checkpoint))
+    return replace(setup, config=config, loras=open_loras(loras, shapes) if loras else {})
+
+
+def _relighting(config: EngineConfig, opened: Checkpoint | None) -> tuple[Lora, ...]:
+    """The LoRA that comes with Animate, where it is asked for."""
+    if not config.use_relighting_lora or opened is None:
+        return ()
+    file = opened.path / RELIGHTING
+    if not file.is_file():
+        raise WanFastError(
+            f"--use_relighting_lora: checkpoint {str(opened.path)!r} has no {RELIGHTING}; download the whole repository, or "
+            "leave it out"
+        )
+    return (Lora(str(file)),)

@@ -283,7 +283,10 @@ def computed_mask(of: Iterable[Rule], steps: Sequence[Step], also: Iterable[int]
 
 def without_guidance(steps: Sequence[Step]) -> tuple[Step, ...]:
     """The plan without the unconditional pass where its weight is 0."""
-    return tuple(replace(step, unconditional="none") if step.guidance_scale == 1 else step for step in steps)
+    return tuple(
+        replace(step, unconditional="none") if step.guidance_scale == 1 and step.image_guidance is None else step
+        for step in steps
+    )
 
 
 def with_caches(

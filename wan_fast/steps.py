@@ -31,6 +31,8 @@ class Step:
     timestep: what the model sees. sigma, next_sigma: what the solver uses.
     conditional: "run", "reuse" (the block stack's last residual), or "zero" (nothing is predicted).
     unconditional: the same, "reconstruct" (the conditional velocity less the last difference of the two), or "none".
+    image_guidance: guidance by pictures of its own, with a pass that has these and not the prompt, which is then as the
+    unconditional one says; None where there is none.
     difference: what the low and the high frequencies of that difference are multiplied by.
     attention: "exact" or "8-bit", which self-attention then is where the model has it.
     noise: of the fresh noise that is added; None where the solver adds none.
@@ -43,6 +45,7 @@ class Step:
     next_sigma: float
     expert: str
     guidance_scale: float
+    image_guidance: float | None = None
     conditional: str = "run"
     unconditional: str = "run"
     difference: tuple[float, float] = (1.0, 1.0)
@@ -54,7 +57,12 @@ class Step:
     @property
     def forwards(self) -> int:
         """Passes through the block stack."""
-        return (self.conditional == "run") + (self.unconditional == "run")
+        return (self.conditional == "run") + (self.unconditional == "run") * (self.passes - 1)
+
+    @property
+    def passes(self) -> int:
+        """The same, were none left out."""
+        return 1 if self.unconditional == "none" else 2 if self.image_guidance is None else 3
 
     @property
     def kind(self) -> tuple[str, str, str, str]:
@@ -94,8 +102,10 @@ def official(solver: str, num_steps: int, shift: float) -> Sampler:
     return Sampler(sigmas=sigmas, timesteps=tuple(float(whole(s * NUM_TRAIN_TIMESTEPS)) for s in sigmas[:-1]), solver=solver)
 
 
-def step_plan(spec: TaskSpec, sampler: Sampler, guidance: tuple[float, float]) -> tuple[Step, ...]:
-    """The table that the loop executes; `guidance` is (low-noise, high-noise)."""
+def step_plan(
+    spec: TaskSpec, sampler: Sampler, guidance: tuple[float, float], image_guidance: float | None = None
+) -> tuple[Step, ...]:
+    """The table that the loop executes; `guidance` is (low-noise, high-noise), `image_guidance` as in a step."""
     steps = []
     for i, (corrector, predictor) in enumerate(solver_rows(sampler.solver, sampler.sigmas)):
         timestep, next_sigma = sampler.timesteps[i], _fp32(sampler.sigmas[i + 1])
@@ -110,6 +120,7 @@ def step_plan(spec: TaskSpec, sampler: Sampler, guidance: tuple[float, float]) -
                 next_sigma=next_sigma,
                 expert="model" if spec.boundary is None else "high_noise" if high else "low_noise",
                 guidance_scale=guidance[1] if high else guidance[0],
+                image_guidance=image_guidance,
                 corrector=corrector,
                 predictor=predictor,
                 noise=next_sigma if sampler.solver == "lcm" else None,

@@ -125,7 +125,11 @@ class TaskSpec:
 
     `kind` picks the function that prepares the conditioning; `sizes` are (width, height) pairs the model was trained for;
     `guidance_scale` is (low-noise, high-noise), equal for models with one expert; `boundary` is the fraction of the
-    1000 training timesteps from which on the high-noise expert runs; `shift_480p` replaces `shift` at the 480P sizes.
+    1000 training timesteps from which on the high-noise expert runs; `shift_480p` replaces `shift` at the 480P sizes;
+    `prompt` is taken where none is given; `extension`: the field of `manifest.DiTDims` for what the model has beyond the image
+    and VACE branches; `seed_per_clip`: each clip of a chain has its own noise, of the seed and its number, and in bf16;
+    `image_guidance_scale`: guidance by the pictures, where it is another than by the text; `own_file`: the field of
+    `config.EngineConfig`, and the hub repository, of what the task needs beside the checkpoint of `hub_id`.
     """
 
     name: str
@@ -142,18 +146,24 @@ class TaskSpec:
     num_steps: int = 50
     shift: float = 5.0
     shift_480p: float | None = None
+    solver: str = "unipc"
     guidance_scale: tuple[float, float] = (5.0, 5.0)
+    image_guidance_scale: float | None = None
     boundary: float | None = None
     num_frames: int = 81
     fps: int = 16
     sizes: tuple[tuple[int, int], ...] = SIZES_720P + SIZES_480P
     default_size: tuple[int, int] = (1280, 720)
     negative_prompt: str = _NEGATIVE
+    prompt: str | None = None
     takes: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset({"prompt"})
     image_only: bool = False
+    seed_per_clip: bool = False
     image_tokens: int = 0
     vace_layers: tuple[int, ...] = ()
+    extension: str = ""
+    own_file: tuple[str, str] | None = None
     hub_id: str
     hub_id_diffusers: str | None = None
 
@@ -176,6 +186,18 @@ _1B: dict[str, Any] = dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, 
 _14B: dict[str, Any] = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, out_dim=16, vae="2.1")
 _5B: dict[str, Any] = dict(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, out_dim=48, vae="2.2")
 _SMALL_SIZES: dict[str, Any] = dict(sizes=SIZES_480P, default_size=(832, 480))
+_PHANTOM: dict[str, Any] = dict(
+    kind="subjects",
+    wired=True,
+    model_type="t2v",
+    in_dim=16,
+    guidance_scale=(7.5, 7.5),
+    image_guidance_scale=5.0,
+    default_size=(832, 480),
+    needs=frozenset({"prompt", "src_ref_images"}),
+    takes=frozenset({"src_ref_images", "image_guidance_scale"}),
+    own_file=("dit", "bytedance-research/Phantom"),
+)
 
 
 def _row(name: str, repo: str, *, diffusers: str | None = "-Diffusers", **facts) -> TaskSpec:
@@ -303,6 +325,8 @@ TASKS: dict[str, TaskSpec] = {
             "Wan2.2-S2V-14B",
             diffusers=None,
             kind="speech",
+            wired=True,
+            seed_per_clip=True,
             model_type="s2v",
             in_dim=16,
             num_steps=40,
@@ -312,7 +336,8 @@ TASKS: dict[str, TaskSpec] = {
             default_size=(1024, 704),
             sizes=(*SIZES_720P, *SIZES_480P, (1024, 704), (704, 1024)),
             needs=frozenset({"prompt", "image", "audio"}),
-            takes=frozenset({"image", "audio", "pose_video"}),
+            takes=frozenset({"image", "audio", "pose_video", "num_clip", "infer_frames", "start_from_ref"}),
+            extension="speech",
             negative_prompt=_NEGATIVE_S2V,
             **_14B,
         ),
@@ -320,6 +345,7 @@ TASKS: dict[str, TaskSpec] = {
             "animate-14B",
             "Wan2.2-Animate-14B",
             kind="animate",
+            wired=True,
             model_type="animate",
             in_dim=36,
             num_steps=20,
@@ -328,7 +354,31 @@ TASKS: dict[str, TaskSpec] = {
             fps=30,
             image_tokens=257,
             needs=frozenset({"src_root_path"}),
-            takes=frozenset({"src_root_path"}),
+            prompt="视频中的人在做动作",
+            takes=frozenset({"src_root_path", "audio", "refert_num", "replace_flag"}),
+            extension="face",
+            **_14B,
+        ),
+        # VAE and text encoder are those of Wan 2.1, whichever the size
+        _row("phantom-1.3B", "Wan2.1-T2V-1.3B", **_PHANTOM, **_1B),
+        _row("phantom-14B", "Wan2.1-T2V-1.3B", num_frames=121, fps=24, sizes=SIZES_480P, **_PHANTOM, **_14B),
+        _row(
+            "unianimate-14B",
+            "Wan2.1-I2V-14B-720P",
+            kind="poses",
+            wired=True,
+            model_type="i2v",
+            in_dim=36,
+            solver="euler",
+            guidance_scale=(1.5, 1.5),
+            default_size=(832, 480),
+            image_tokens=257,
+            needs=frozenset({"prompt", "image", "pose_video"}),
+            takes=frozenset({"image", "pose_video", "pose_image"}),
+            prompt="a person is dancing",
+            negative_prompt="镜头晃动，" + _NEGATIVE,
+            extension="pose",
+            own_file=("unianimate", "ZheWang123/UniAnimate-DiT"),
             **_14B,
         ),
     )

@@ -1,4 +1,4 @@
-"""Clips out: PIL for pictures, PyAV for video. A file appears under its name only when it is whole."""
+"""Clips out: PIL for pictures, PyAV for video and sound. A file appears under its name only when it is whole."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fractions import Fraction
+from itertools import chain, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from wan_fast import sound as sounds
 from wan_fast.config import WanFastError
 
 if TYPE_CHECKING:
+    from av import AudioFrame
+    from av.audio.stream import AudioStream
+    from av.container import OutputContainer
     from PIL import Image
     from torch import Tensor
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".gif")
 IMAGE_SUFFIXES = (".png", ".jpg")
+# of the frames and of the sound
+_CODECS = {".mp4": ("libx264", "aac"), ".webm": ("libvpx-vp9", "libopus")}
 
 
 def check_output(path: Path, num_frames: int, image_only: bool) -> None:
@@ -79,22 +86,26 @@ def _scratch(path: Path) -> Path:
     return path.absolute().with_name(f".{os.getpid()}.{path.name}")
 
 
-def write(frames: Tensor, path: Path, fps: float) -> None:
-    """Write frames [F, H, W, 3] uint8 as H.264, VP9, GIF, PNG or JPEG, by the suffix of `path`."""
-    with writing(path, fps) as add:
+def write(frames: Tensor, path: Path, fps: float, sound: Path | None = None) -> None:
+    """Write frames [F, H, W, 3] uint8 as H.264, VP9, GIF, PNG or JPEG, by the suffix of `path`, with the sound of a file."""
+    with writing(path, fps, sound) as add:
         add(frames)
 
 
 @contextmanager
-def writing(path: Path, fps: float) -> Iterator[Callable[[Tensor], None]]:
+def writing(path: Path, fps: float, sound: Path | None = None) -> Iterator[Callable[[Tensor], None]]:
     """Write a clip that comes in chunks, while the next one is made.
+
+    Args:
+        sound: a file whose sound goes into an MP4 (AAC) or a WebM (Opus), from its start on. The clip ends with the shorter of
+            both, as officially: with the last frame, or with the frame in which the sound ends. GIFs and pictures have none.
 
     Yields a function that takes frames [f, H, W, 3] uint8 on the CPU, not to be changed afterwards. It returns at once, unless
     two chunks are still to be written; what fails in writing is raised by the next call, or at the end.
     """
     suffix, scratch = path.suffix.lower(), _scratch(path)
     images = suffix in IMAGE_SUFFIXES or suffix == ".gif"
-    encode = _images(scratch, fps) if images else _video(scratch, fps, "libx264" if suffix == ".mp4" else "libvpx-vp9")
+    encode = _images(scratch, fps) if images else _video(scratch, fps, sound)
     next(encode)
     waiting: deque[Future[None]] = deque()
     try:
@@ -139,10 +150,11 @@ def _images(path: Path, fps: float) -> Generator[None, Tensor | None]:
         first.save(path, quality=95)
 
 
-def _video(path: Path, fps: float, codec: str) -> Generator[None, Tensor | None]:
-    """Takes frames by send and writes them; ends the file when it is sent None."""
+def _video(path: Path, fps: float, sound: Path | None) -> Generator[None, Tensor | None]:
+    """Takes frames by send and writes them, each with the sound it lasts; ends the file when it is sent None."""
     import av
 
+    codec, sound_codec = _CODECS[path.suffix.lower()]
     frames = yield
     assert frames is not None
     with av.open(str(path), "w") as container:
@@ -151,8 +163,26 @@ def _video(path: Path, fps: float, codec: str) -> Generator[None, Tensor | None]
         stream.pix_fmt = "yuv420p"
         # the quality the official writer asks for
         stream.options = {"crf": "10"} if codec == "libx264" else {"crf": "20", "b:v": "0"}
+        voice: AudioStream | None = None
+        pieces: Iterator[AudioFrame | None] = repeat(None)
+        if sound is not None:
+            rates = av.Codec(sound_codec, "w").audio_rates or ()
+            voice, pieces = _voice(container, sound_codec, sounds.pieces(sound, fps, rates))
         while frames is not None:
-            for frame in frames:
+            for frame, piece in zip(frames, pieces, strict=False):  # the shorter ends the file
+                if voice is not None:
+                    container.mux(voice.encode(piece))
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
             frames = yield
         container.mux(stream.encode())
+        if voice is not None:
+            container.mux(voice.encode())
+
+
+def _voice(container: OutputContainer, codec: str, pieces: Iterator[AudioFrame]) -> tuple[AudioStream, Iterator[AudioFrame]]:
+    """A stream for sound, and the pieces of it, of which the first says how it is made."""
+    first = next(pieces)
+    stream = cast("AudioStream", container.add_stream(codec, rate=first.sample_rate))
+    stream.layout = first.layout
+    stream.bit_rate = 192_000  # as officially
+    return stream, chain([first], pieces)

@@ -62,19 +62,20 @@ class Workspace:
 
     def begin(self, todo: Plan, given: Conditioning, noise: Tensor, draw: Callable[[], Tensor]) -> Clip:
         """What a clip is denoised with, of noise [C, T, H, W] fp32; `draw` gives more of it."""
-        steps, known, zero_star, inputs = todo.steps, given.known, todo.config.cfg_zero is not None, given.inputs
+        steps, known, zero_star = todo.steps, given.known, todo.config.cfg_zero is not None
         fresh, shape = any(step.noise is not None for step in steps), None if known is None else known.shape
-        pictures = None if inputs.image is None else inputs.image.shape
-        same = (shape, pictures, inputs.control_scale, given.split, str(kept(steps)), fresh, zero_star)
+        shapes = tuple((name, tensor.shape) for inputs in given.by_branch.values() for name, tensor in inputs.tensors())
+        same = (shape, shapes, given.inputs.control_scale, given.split, str(kept(steps)), fresh, zero_star)
         fits = (todo.latent_shape, *same, self.branches)
         clip = self.kept
         if clip is not None and clip.fits == fits:
             clip.solver.start(steps, noise, known, draw)
-            clip.branches.start(steps, given.text, inputs)
+            clip.branches.start(steps, given.text, given.by_branch)
             return clip
         self.kept = clip = None  # and with it its memory, before there is more
         solver = Solver(steps, noise, known, draw)
-        branches = self.branches(steps, self.expert, given.text, given.split, self.device, inputs=inputs, zero_star=zero_star)
+        others: dict[str, Any] = {"inputs": given.by_branch, "zero_first": given.zero_first, "zero_star": zero_star}
+        branches = self.branches(steps, self.expert, given.text, given.split, self.device, **others)
         clip = Clip(fits, solver, branches, self.run(todo))
         self.kept = clip if todo.memory.graphs == "kept" and clip.run is not directly else None
         return clip

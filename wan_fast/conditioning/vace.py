@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from wan_fast.conditioning.image import grey_but_for
 from wan_fast.conditioning.prepared import Conditioning, Encoders, pixels_of, texts_of
 from wan_fast.config import Resolved
-from wan_fast.dit import Inputs
 from wan_fast.framing import Framing, Size, fitted_size
+from wan_fast.inputs import Inputs
 from wan_fast.media import examine, read_frames, read_image
 
 if TYPE_CHECKING:
