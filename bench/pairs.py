@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from itertools import combinations
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,9 +27,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from clips_of import write_clip
-from models import relative_error, write_native
+from models import relative_error, write_native, write_poses
 from PIL import Image
 from safetensors.torch import save_file
+from sounds_of import tone, write_sound
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,7 +39,7 @@ from bench.quality import emulated
 from wan_fast import calibration
 from wan_fast.blocks import Context, Grid
 from wan_fast.calibration import BRANCHES, Calibration
-from wan_fast.checkpoint import open_checkpoint
+from wan_fast.checkpoint import RELIGHTING, open_checkpoint
 from wan_fast.conditioning import PREPARE
 from wan_fast.config import INPUTS, EngineConfig, Request, WanFastError
 from wan_fast.dit import WanDiT, grid_of, sinusoid
@@ -48,7 +50,7 @@ from wan_fast.quality import PRESETS
 from wan_fast.schedule import fingerprint
 from wan_fast.setup import Setup, set_up
 from wan_fast.steps import Step
-from wan_fast.tasks import TASKS
+from wan_fast.tasks import TASKS, TaskSpec
 
 # Marks of what became of a pair, the exact ones first, which are also the kinds of values: the least exact that they may be. A
 # PICTURE is another video by definition, the baseline of what is beside it.
@@ -110,6 +112,48 @@ OPTIONS: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
                 "context_scale": 0.8,
             },
         ),
+        "s2v-14B": (
+            PICTURE,
+            {
+                "task": "s2v-14B",
+                "image": "picture.png",
+                "audio": "sound.wav",
+                "num_clip": 1,
+                "infer_frames": 8,
+                "num_frames": None,  # it goes by the sound
+            },
+        ),
+        "animate-14B": (
+            PICTURE,
+            {
+                "task": "animate-14B",
+                "src_root_path": "driving",
+                "replace_flag": True,
+                "use_relighting_lora": True,
+                "guidance_scale": 3.0,  # else there is none
+            },
+        ),
+        "phantom-1.3B": (PICTURE, {"task": "phantom-1.3B", "dit": "phantom-1.3B", "src_ref_images": ("last.png",)}),
+        "phantom-1.3B, one scale": (
+            PICTURE,
+            {
+                "task": "phantom-1.3B",
+                "dit": "phantom-1.3B",
+                "src_ref_images": ("last.png",),
+                "guidance_scale": 5.0,
+                "image_guidance_scale": 5.0,
+            },
+        ),
+        "unianimate-14B": (
+            PICTURE,
+            {
+                "task": "unianimate-14B",
+                "unianimate": "unianimate.safetensors",
+                "image": "picture.png",
+                "pose_video": "video.mkv",
+                "pose_image": "last.png",
+            },
+        ),
     },
     "solver": {
         "dpm++": (PICTURE, {"solver": "dpm++"}),
@@ -137,7 +181,7 @@ BESIDE = {
         for beside in ("steps 8", *(f"step cache {name}" for name in OPTIONS["step cache"]))
         if chosen["cfg_cache"] == "off"
     },
-    **{("VAE dtype bf16", f"task {task}"): ROUNDED for task in ("ti2v-5B, image", "i2v-A14B", "flf2v-14B", "vace-1.3B")},
+    **{("VAE dtype bf16", f"task {task}"): ROUNDED for task in OPTIONS["task"] if task not in ("t2v-A14B", "ti2v-5B")},
     # of models distilled to a few steps, which have no guidance
     **{
         (f"quality {preset}", beside): SAME
@@ -147,6 +191,8 @@ BESIDE = {
     ("solver lcm", "preset rcm-4step"): SAME,
     ("guidance 1", "solver lcm"): SAME,
     ("guidance 1", "preset rcm-4step"): SAME,
+    # what UniAnimate takes by itself
+    ("solver euler", "task unianimate-14B"): SAME,
 }
 # options that presets give way to: what they chose themselves may be the same or not
 GIVEN = ("step cache", "CFG cache")
@@ -220,14 +266,21 @@ class Lab:
         gradient.convert("RGB").save(folder / "picture.png")
         gradient.rotate(90).convert("RGB").save(folder / "last.png")
         frames = np.stack([np.roll(gradient.convert("RGB"), 8 * i, axis=0) for i in range(5)])
+        mask = np.where(frames > 99, np.uint8(255), np.uint8(0))
         write_clip(folder / "video.mkv", frames)
-        write_clip(folder / "mask.mkv", np.where(frames > 99, np.uint8(255), np.uint8(0)))
+        write_clip(folder / "mask.mkv", mask)
+        write_sound(folder / "sound.wav", tone(220, 16000), 16000)
+        (folder / "driving").mkdir()
+        for name, clip in {"pose": frames, "face": frames, "bg": frames[::-1], "mask": mask}.items():
+            write_clip(folder / "driving" / f"src_{name}.mp4", clip)
+        gradient.convert("RGB").save(folder / "driving" / "src_ref.png")
         for task in sorted({settings["task"] for _, settings in OPTIONS["task"].values()} | {DEFAULTS["task"]}):
             (folder / task).mkdir()
             write_native(folder / task, task, width=128)
             _shorten_text(folder / task)
             _calibrate(folder / task, task)
-        _write_lora(folder / "lora.safetensors")
+        _write_loras(folder / "lora.safetensors", folder / "animate-14B" / RELIGHTING)
+        write_poses(folder / "unianimate.safetensors")
 
     def settle(self, *values: Value, num_steps: int = SHORT) -> tuple[Setup, Plan]:
         """What a configuration and a request of these values come to; num_steps: where they say nothing of it.
@@ -238,7 +291,7 @@ class Lab:
         if (values, num_steps) not in self._settled:
             settings = {**DEFAULTS, "num_steps": num_steps}
             settings |= {name: given for value in values for name, given in value.settings.items()}
-            for name in {*INPUTS, "lora"} & {*settings}:
+            for name in {*INPUTS, "lora", "dit", "unianimate"} & {*settings}:
                 given = settings[name]
                 path = str(self.folder / given) if isinstance(given, str) else tuple(str(self.folder / each) for each in given)
                 settings[name] = path
@@ -400,7 +453,7 @@ def written_out(engine: Engine, todo: Plan) -> Tensor:
     """
     given = PREPARE[engine.spec.kind](todo.request, todo.framing, engine)(todo.framing.clips[0], None)
     generator = torch.Generator().manual_seed(todo.request.seed)
-    x = torch.randn(todo.latent_shape, generator=generator)
+    x = _drawn(engine.spec, todo, generator)
     if todo.request.preset:  # rCM starts on its first noise level
         x = todo.steps[0].sigma * x
     known = x[:, :0] if given.known is None else given.known
@@ -410,16 +463,19 @@ def written_out(engine: Engine, todo: Plan) -> Tensor:
     residuals: dict[str, Tensor] = {}
     for step in todo.steps:
         model: Any = engine.models[step.expert]
-        time = torch.tensor([[0.0, step.timestep] if given.split else [step.timestep]])  # [1, R]
+        rows = [0.0, step.timestep] if given.zero_first else [step.timestep, 0.0]
+        time = torch.tensor([rows if given.split else [step.timestep]])  # [1, R]
         velocity: dict[str, Tensor] = {}
-        for branch in BRANCHES:
-            how = getattr(step, branch)
+        passes = {branch: getattr(step, branch) for branch in BRANCHES}
+        if step.image_guidance is not None:
+            passes["unprompted"] = step.unconditional
+        for branch, how in passes.items():
             if how == "run":
                 if (step.expert, branch) not in contexts:
                     contexts[step.expert, branch] = model.prepare(
                         [given.text[branch]], grid_of(x.shape), given.by_branch[branch]
                     )
-                residuals[branch] = torch.empty(1, todo.tokens, model.dims.dim)
+                residuals[branch] = torch.empty(1, prod(grid_of(x.shape)), model.dims.dim)  # of the clip's own tokens
                 context = contexts[step.expert, branch]
                 velocity[branch] = model(x[None], time, context, split=given.split, residual=residuals[branch])[0]
             elif how == "reuse":
@@ -431,7 +487,11 @@ def written_out(engine: Engine, todo: Plan) -> Tensor:
             elif how == "zero":
                 velocity[branch] = torch.zeros_like(x)
         v, other = velocity["conditional"], velocity.get("unconditional")
-        if other is not None:
+        if step.image_guidance is not None:
+            assert other is not None
+            by_pictures, by_text = velocity["unprompted"] - other, v - velocity["unprompted"]
+            v = other + step.image_guidance * by_pictures + step.guidance_scale * by_text
+        elif other is not None:
             difference = v - other if step.conditional == step.unconditional == "run" else difference
             if todo.config.cfg_zero is not None:
                 other = other * (v * other).sum() / (other.square().sum() + 1e-8)
@@ -442,9 +502,19 @@ def written_out(engine: Engine, todo: Plan) -> Tensor:
         sample, x = x, _weighed(step.predictor, x, x0, older)
         older, oldest = x0, older
         if step.noise is not None:
-            x = x + step.noise * torch.randn(todo.latent_shape, generator=generator)
+            x = x + step.noise * _drawn(engine.spec, todo, generator)
         x[:, : known.shape[1]] = known
     return x
+
+
+def _drawn(spec: TaskSpec, todo: Plan, generator: torch.Generator) -> Tensor:
+    """Noise [C, T, H, W] fp32: in bf16 where sound moves a picture; beside references, which are denoised no more than these,
+    their part of a longer clip's."""
+    C, T, H, W = todo.latent_shape
+    count, dtype = T + len(todo.request.src_ref_images) * (spec.kind == "subjects"), torch.float32
+    if spec.kind == "speech":
+        dtype = torch.bfloat16
+    return torch.randn(C, count, H, W, generator=generator, dtype=dtype)[:, :T].float().contiguous()
 
 
 def _resumed(model: WanDiT, tokens: Tensor, grid: Grid, time: Tensor, split: int) -> Tensor:
@@ -474,11 +544,13 @@ def _shorten_text(folder: Path) -> None:
         file.write_text(json.dumps(json.loads(file.read_text()) | {"text_len": 16}))
 
 
-def _write_lora(file: Path) -> None:
-    """One for all the models, whose blocks are alike: of a linear, a bias and a modulation."""
+def _write_loras(file: Path, relighting: Path) -> None:
+    """One for all the models, whose blocks are alike: of a linear, a bias and a modulation. The same as that of a checkpoint."""
     generator = torch.Generator().manual_seed(1)
     sizes = {"ffn.0.lora_down.weight": (2, 128), "ffn.0.lora_up.weight": (320, 2), "diff_m": (1, 6, 128)}
-    save_file({f"blocks.1.{name}": 0.2 * torch.randn(size, generator=generator) for name, size in sizes.items()}, file)
+    state = {f"blocks.1.{name}": 0.2 * torch.randn(size, generator=generator) for name, size in sizes.items()}
+    save_file(state, file)
+    torch.save(state, relighting)
 
 
 def _calibrate(folder: Path, task: str) -> None:

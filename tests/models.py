@@ -12,6 +12,7 @@ from wan_fast.checkpoint import locate, open_checkpoint, read_tensors
 from wan_fast.dit import WanDiT
 from wan_fast.manifest import ClipDims, DiTDims, VaeDims, clip_shapes
 from wan_fast.manifest.animate import FaceDims
+from wan_fast.manifest.pose import PoseDims
 from wan_fast.manifest.speech import SpeechDims
 from wan_fast.steps import sigma_grid
 from wan_fast.tasks import TASKS, VACE_DIM, VAES
@@ -96,6 +97,18 @@ def write_audio_encoder(folder, seed=0):
     positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
     form = {"feat_extract_norm": "layer", "conv_bias": True, "do_stable_layer_norm": True}
     Wav2Vec2Model(Wav2Vec2Config(**sizes, **positions, **form)).save_pretrained(folder)
+
+
+def write_poses(file, width=128, seed=2):
+    """A small UniAnimate file: encoders of poses, whose tokens are of the size of a clip's, and a LoRA. Returns the file."""
+    generator, name = torch.Generator().manual_seed(seed), "blocks.0.ffn.0.lora"
+    sizes = {**PoseDims(width=4).shapes(width), f"{name}_A.weight": (2, width), f"{name}_B.weight": (320, 2)}
+    state = {}
+    for name, size in sizes.items():
+        scale = 0.2 if name.startswith("blocks") else 1.5 * (size[0] / prod(size)) ** 0.5
+        state[name] = scale * torch.randn(size, generator=generator)
+    save_file(state, file)
+    return file
 
 
 # two of its layers run; as many tokens as the released one has

@@ -70,16 +70,13 @@ def picture_cut_in_half(folder):
 
 REFUSED = {
     "unknown task": (RUN.replace("ti2v-5B", "ti2v-5b"), "unknown task 'ti2v-5b'; did you mean ti2v-5B?"),
-    "task not wired": (
-        RUN.replace("ti2v-5B", "s2v-14B"),
-        "s2v-14B is known but cannot run in this version yet",
-    ),
     "no task": ("run --prompt x", "--task"),
     "unknown flag": (f"{RUN} --sampel_steps 4", "unknown flag --sampel_steps; did you mean --sample_steps?"),
     "flag without value": (f"{RUN} --size", "--size"),
     "unknown command": ("rnu --task ti2v-5B", "unknown command 'rnu'; did you mean run?"),
     "stray word": (f"{RUN} dog", "dog"),
-    "known flag, not followed yet": (f"{RUN} --infer_frames 80", "--infer_frames 80 is known, but"),
+    "option of another task": (f"{RUN} --infer_frames 80", "takes no --infer_frames (given 80); tasks that do: s2v-14B"),
+    "text to speech": (f"{RUN.replace('ti2v-5B', 's2v-14B')} --enable_tts", "--enable_tts needs CosyVoice"),
     "flag for several processes": (f"{RUN} --ulysses_size 8", "--ulysses_size 8: for several processes, and there is 1"),
     "size off the grid": (f"{RUN} --size 100*100", "not on the 32-pixel grid of ti2v-5B; the nearest that is: 96*96"),
     "size no size": (f"{RUN} --size big", "--size must be WIDTH*HEIGHT in pixels, got 'big'"),
@@ -280,7 +277,7 @@ def test_values_that_ask_for_nothing_are_taken(value, capsys):
     assert main(shlex.split(f"plan {RUN[4:]} {flags} --json")) == 0
 
 
-def test_official_command_lines_of_the_wired_tasks_are_understood(tmp_path, monkeypatch, capsys):
+def test_official_command_lines_are_understood(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     for line, size, steps in (
         (

@@ -62,7 +62,7 @@ def prepared(tmp_path):
         }
         spec, seen = TASKS[task], seen or Seen()
         request = resolve(spec, Request(prompt="x", size=SIZE, num_frames=FRAMES, seed=0, **files))
-        framing = FRAME[spec.kind](request, spec, None)
+        framing = FRAME[spec.kind](request, spec, Request())
         request = replace(request, size=framing.size, num_frames=framing.num_frames)
         return PREPARE[spec.kind](request, framing, seen)(framing.clips[0], None), seen
 

@@ -31,7 +31,6 @@ def test_config_and_command_line_load_without_torch():
     [
         (dict(task="ti2v-5b"), "did you mean ti2v-5B"),
         (dict(task="video"), "choose one of"),
-        (dict(task="s2v-14B"), "cannot run in this version yet"),
         (dict(task="ti2v-5B", device="gpu"), "unknown device 'gpu'"),
         (dict(task="ti2v-5B", dtype="fp16"), "dtype must be one of"),
         (dict(task="ti2v-5B", vram=0), "positive"),

@@ -265,7 +265,7 @@ def test_offload_keeps_one_model_on_the_device(task, moves, tmp_path, monkeypatc
     assert [t for t in trace if t] == moves and not on_device
 
 
-@pytest.mark.parametrize("task", [name for name, spec in TASKS.items() if spec.wired])
+@pytest.mark.parametrize("task", TASKS)
 def test_an_engine_that_knows_no_request_is_placed_for_the_tasks_own(task):
     """On a card that holds all models, without the pictures that a request would bring."""
     config = EngineConfig(task=task, vram=2**60)

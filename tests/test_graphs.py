@@ -4,18 +4,21 @@ import weakref
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
+from itertools import combinations
 
 import pytest
 import torch
-from models import random_vae, write_native
+from clips_of import noise, write_clip, write_folder
+from models import random_vae, write_native, write_poses
 from PIL import Image
 from safetensors.torch import save_file
+from sounds_of import tone, write_sound
 from tape import Counting, Tape
 from test_sampler import no_reading_back
 
 import wan_fast.engine as engine_module
 from wan_fast.branches import Branches
-from wan_fast.config import EngineConfig, Request, WanFastError
+from wan_fast.config import INPUTS, EngineConfig, Request, WanFastError
 from wan_fast.engine import Engine
 from wan_fast.graphs import CudaCapture, Graphs
 from wan_fast.sampler import denoise
@@ -100,14 +103,21 @@ SHORT = Request(prompt="a red ball", size=(64, 64), num_frames=5, num_steps=6, s
 
 
 FOLDER = []
+# what a task needs beside its checkpoint
+OWN_FILES = {"phantom-1.3B": ("dit", "phantom-1.3B"), "unianimate-14B": ("unianimate", "poses.safetensors")}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def folder(tmp_path_factory):
     """A checkpoint of one small block for each task, and pictures; in FOLDER, for what is called outside of tests too."""
     made = tmp_path_factory.mktemp("graphs")
-    for task in ("ti2v-5B", "t2v-A14B", "i2v-14B", "i2v-A14B", "vace-1.3B"):
+    for task in ("ti2v-5B", "t2v-A14B", "i2v-14B", "i2v-A14B", "vace-1.3B", *OWN_FILES, "s2v-14B", "animate-14B"):
         write_native(made / task, task, layers=1, width=128)
+    write_poses(made / "poses.safetensors")
+    for number, name in enumerate(("first", "second")):
+        write_folder(made / f"{name}-driving", 13, size=(64, 64), face=16)
+        write_clip(made / f"{name}.mkv", noise(5, 64, 64, seed=number))
+        write_sound(made / f"{name}.wav", tone(220 + 110 * number, 16000), 16000)
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(made / "first.png")
     Image.new("RGB", (64, 64), "green").save(made / "second.png")
     FOLDER.append(made)
@@ -120,6 +130,9 @@ def folder(tmp_path_factory):
 def engine(graphs, *, decode=True, task="ti2v-5B", checkpoint=None, **options):
     """An engine on the CPU whose plans say what they would on a GPU, and the tapes that it captures with."""
     checkpoint = checkpoint or str(FOLDER[0] / task)
+    if task in OWN_FILES:
+        name, file = OWN_FILES[task]
+        options[name] = str(FOLDER[0] / file)
     made = Engine(EngineConfig(task=task, checkpoint=checkpoint, device="cpu", **options))
     planned, tapes = made.plan, []
 
@@ -161,12 +174,24 @@ def assert_same(found, expected):
 
 
 def asked(**changes):
-    """A request; pictures by their names."""
-    if changes.get("image"):
-        changes["image"] = str(FOLDER[0] / changes["image"])
-    if changes.get("src_ref_images"):
-        changes["src_ref_images"] = tuple(str(FOLDER[0] / name) for name in changes["src_ref_images"])
+    """A request; files by their names."""
+    for name in {*INPUTS} & {*changes}:
+        if given := changes[name]:
+            there = (str(FOLDER[0] / file) for file in ([given] if isinstance(given, str) else given))
+            changes[name] = next(there) if isinstance(given, str) else tuple(there)
     return replace(SHORT, **changes)
+
+
+def others(changes):
+    """The same with all files but the first ones' others."""
+    text = {name: changes[name] for name in {*INPUTS} & {*changes}}
+    swapped = {"first": "second", "second": "first"}
+
+    def other(file):
+        stem = next(stem for stem in swapped if file.startswith(stem))
+        return swapped[stem] + file.removeprefix(stem)
+
+    return changes | {n: other(v) if isinstance(v, str) else tuple(map(other, v)) for n, v in text.items()}
 
 
 MASK = dict(step_cache="#..#.##..#.#")
@@ -195,6 +220,24 @@ CASES = {
     "i2v-mask-two-experts": (dict(task="i2v-A14B", step_cache="#.###.#.##.#"), dict(IMAGE, num_steps=12, shift=3.0)),
     "vace": (dict(task="vace-1.3B"), dict(src_ref_images=("first.png",), context_scale=0.8)),
     "two-experts-mask": (dict(task="t2v-A14B", step_cache="#.#.#.#.#.##"), dict(num_steps=12, shift=3.0)),
+    "phantom": (dict(task="phantom-1.3B"), dict(src_ref_images=("first.png", "second.png"))),
+    "phantom-mask": (dict(MASK, task="phantom-1.3B"), dict(src_ref_images=("first.png",), num_steps=12)),
+    "unianimate": (dict(task="unianimate-14B"), dict(IMAGE, pose_video="first.mkv", pose_image="second.png")),
+}
+# of three clips each, and how many of them have the memory of the one before
+SOUND = dict(IMAGE, audio="first.wav", infer_frames=4, num_clip=3, num_frames=None)
+DRIVEN = dict(src_root_path="first-driving", guidance_scale=3.0)
+CHAINS = {
+    "s2v": (dict(task="s2v-14B"), SOUND, 1),
+    "s2v-from-picture": (dict(task="s2v-14B"), dict(SOUND, start_from_ref=True), 2),
+    "s2v-mask": (dict(MASK, task="s2v-14B"), dict(SOUND, num_steps=12), 1),
+    "animate": (dict(task="animate-14B"), DRIVEN, 2),
+    "animate-no-guidance": (dict(task="animate-14B"), dict(DRIVEN, guidance_scale=1.0), 2),
+    "animate-replaced": (
+        dict(task="animate-14B", cfg_cache="difference:3,0"),
+        dict(DRIVEN, replace_flag=True, num_steps=10),
+        2,
+    ),
 }
 
 
@@ -274,23 +317,57 @@ def test_graphs_serve_later_clips_of_the_shape():
     "name",
     [
         *("image", "lcm", "image-lcm", "mask-difference", "every-frequency", "cfg-zero-gate", "two-experts"),
-        *("i2v", "i2v-mask-two-experts", "vace"),
+        *("i2v", "i2v-mask-two-experts", "vace", "phantom", "phantom-mask", "unianimate"),
     ],
 )
 def test_later_clips_with_more_to_remember(name):
     options, changes = CASES[name]
     made, tapes = engine("kept", decode=False, **options)
-    request, other = asked(**changes), asked(**changes, prompt="a blue square", seed=7)
-    if request.image:
-        other = replace(other, image=asked(image="second.png").image)
-    if request.src_ref_images:
-        other = replace(other, src_ref_images=asked(src_ref_images=("second.png",)).src_ref_images)
+    request, other = asked(**changes), asked(**others(changes), prompt="a blue square", seed=7)
+    if name.startswith("phantom"):
+        other = replace(other, image_guidance_scale=3.0)
     captured = []
     for each in (request, other, request):
         assert_same(clip(made, each)[0], wanted(each, **options))
         captured.append(tapes[0].captures)
     # a kind of a single step in a clip is captured in the second clip, and is then there
     assert len(tapes) == 1 and captured[2] == captured[1] == len({step.kind for step in made.plan(request).steps})
+
+
+@pytest.mark.parametrize(
+    ("name", "graphs"), [*((name, "kept") for name in CHAINS), *((name, "released") for name in ("s2v", "animate"))]
+)
+def test_clips_of_a_chain_are_those_of_every_launch(name, graphs):
+    """A clip whose tokens are as many as those of the one before begins in its memory, and so does another video."""
+    options, changes, continued = CHAINS[name]
+    made, tapes = engine(graphs, decode=False, **options)
+    asked_for = asked(**changes), asked(**others(changes), prompt="a blue square", seed=7)
+    for request in asked_for:
+        found, expected = clip(made, request)[0], wanted(request, **options)
+        assert_same(found, expected)
+        assert not any(torch.equal(*pair) for pair in combinations(expected["latents"].chunk(3, dim=1), 2))
+    anew, steps = 3 - continued, made.plan(request).steps
+    kinds = {step.kind for step in steps}
+    often = {kind for kind in kinds if sum(step.kind == kind for step in steps) > 1}
+    if graphs == "released":
+        assert len(tapes) == 6
+    elif anew == 1:  # the second video too
+        assert len(tapes) == 1 and tapes[0].captures == len(kinds)
+        assert tapes[0].replays == 6 * len(steps) - len(kinds)
+    else:
+        # the first clip has no frames before it
+        assert [tape.captures for tape in tapes] == [len(often), len(kinds)] * 2
+        assert [tape.replays for tape in tapes] == [len(steps) - len(kinds), 2 * len(steps) - len(kinds)] * 2
+
+
+def test_chunks_of_the_frames_of_a_chain_are_replayed_too():
+    for name in ("s2v", "animate"):
+        options, changes, _ = CHAINS[name]
+        made, tapes = engine("kept", **options)
+        request = asked(**changes)
+        assert_same(clip(made, request)[0], wanted(request, **options))
+    # behind 19 latent frames that are there before a clip of one
+    assert len(tapes) >= 3
 
 
 def test_another_strength_of_hints_begins_anew():
@@ -489,9 +566,15 @@ def test_frames_are_not_written_over_by_the_next_chunk(version):
 # --- what the host does ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["unipc", "image", "lcm", "no-guidance", "mask-difference", "frequency", "cfg-zero"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("unipc", "image", "lcm", "no-guidance", "mask-difference", "frequency", "cfg-zero"),
+        *("phantom", "unianimate", "s2v-from-picture", "animate"),
+    ],
+)
 def test_of_a_replayed_step_the_host_issues_the_rows(name, monkeypatch):
-    options, changes = CASES[name]
+    options, changes, *_ = (CASES | CHAINS)[name]
     made, tapes = engine("kept", decode=False, **options)
     by_step = []
 

@@ -45,6 +45,8 @@ REFUSED_FLAGS = {
 }
 # what VACE's own script has where its line says nothing
 SCRIPT_DEFAULTS = {"--task": "vace-1.3B", "--ckpt_dir": "models/Wan2.1-VACE-1.3B/", "--size": "480p"}
+# of the sizes of pictures
+GRIDS = {"s2v-14B": 64}
 OF_SEVERAL = {"--ulysses_size", "--ring_size", "--t5_fsdp", "--dit_fsdp"}
 
 
@@ -90,7 +92,7 @@ class Line:
         assert self.program in PROGRAMS
         if REFUSED_FLAGS.keys() & dict(self.options):
             return "refused flag"
-        return "run" if TASKS[self.task].wired else "not wired yet"
+        return "text to speech" if "--enable_tts" in dict(self.options) else "run"
 
     @property
     def words(self):
@@ -119,12 +121,11 @@ def in_world(monkeypatch, size, rank=0):
 
 
 def test_every_line_is_accounted_for():
-    counts = {"run": 92, "another program": 17, "not wired yet": 4, "refused flag": 5}
+    counts = {"run": 95, "text to speech": 1, "another program": 17, "refused flag": 5}
     assert Counter(line.kind for line in LINES) == counts
     assert {line.program for line in LINES} == PROGRAMS | ANOTHER_PROGRAM
-    wired = {name for name, spec in TASKS.items() if spec.wired}
     # whose program has other flags
-    assert {line.task for line in OF_KIND["run"]} == wired - {"unianimate-14B"}
+    assert {line.task for line in OF_KIND["run"]} == TASKS.keys() - {"unianimate-14B"}
 
 
 # --- what a line comes to ---------------------------------------------------------------------------------------------------
@@ -179,12 +180,12 @@ def test_several_processes(line, monkeypatch, capsys):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", OF_KIND["not wired yet"], ids=id_of)
-def test_not_wired_yet(line, monkeypatch, capsys):
-    in_world(monkeypatch, line.processes)
-    assert main(["run", *line.words]) == 2
-    err = capsys.readouterr().err
-    assert f"task {line.task} is known but cannot run in this version yet" in err and err.count("\n") == 1
+@pytest.mark.parametrize("line", OF_KIND["text to speech"], ids=id_of)
+def test_text_to_speech_is_refused_with_what_to_do(line, capsys):
+    assert main(["run", *words_with_files(line)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("wan-fast: error: --enable_tts needs CosyVoice") and "give its file as --audio" in said.err
+    assert said.err.count("\n") == 1 and not said.out
 
 
 @pytest.mark.parametrize("line", OF_KIND["refused flag"], ids=id_of)
@@ -211,16 +212,18 @@ def small(line):
         if flag in OF_SEVERAL:
             continue
         if flag == "--size":
-            (width, height), grid = parse_size(value), TASKS[line.task].vae_spec.grid
+            (width, height), grid = parse_size(value), GRIDS.get(line.task, TASKS[line.task].vae_spec.grid)
             value = f"{grid * (1 + (width > height))}*{grid * (1 + (width < height))}"
         elif flag == "--ckpt_dir":
             value = f"<{line.task.replace('t2i', 't2v')}>"
         elif flag == "--phantom_ckpt":
             value = f"<{line.task}>"
-        elif flag == "--frame_num":
+        elif flag == "--frame_num" and not TASKS[line.task].image_only:
             value = "5"
         elif flag in ("--src_video", "--src_mask", "--lora_dir"):
             value = f"<{flag}>"
+        elif flag in ("--audio", "--pose_video"):
+            value = str(FOLDER / {"--audio": "talk.ogg", "--pose_video": "pose.mp4"}[flag])
         elif flag == "--src_root_path":
             value = f"<{flag}>" + "/src_pose.mp4" * value.endswith(".mp4")
         elif flag == "--prompt":
@@ -228,10 +231,13 @@ def small(line):
         elif flag in ("--src_ref_images", "--ref_image"):
             value = ",".join(str(FOLDER / name) for name, _ in zip(("girl.jpg", "snake.jpg"), value.split(","), strict=False))
         elif flag.strip("-") in INPUTS:
-            value = str(FOLDER / Path(value).with_suffix(".jpg").name)
+            picture = FOLDER / Path(value).with_suffix(".jpg").name
+            value = str(picture if picture.is_file() else FOLDER / "girl.jpg")
         options.append((flag, value))
     given = dict(options)
-    if "--frame_num" not in given and not TASKS[line.task].image_only:
+    if TASKS[line.task].kind == "speech":
+        options += [("--infer_frames", "8"), ("--num_clip", "1")]
+    elif "--frame_num" not in given and not TASKS[line.task].image_only:
         options.append(("--frame_num", "5"))
     if "--lora_dir" not in given:  # which brings its own number
         options.append(("--sample_steps", "2"))
@@ -328,7 +334,7 @@ def test_runs(options, made, tmp_path, capsys, monkeypatch):
 # --- nothing asked for --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", [name for name, spec in TASKS.items() if spec.wired and example(spec)])
+@pytest.mark.parametrize("task", [name for name, spec in TASKS.items() if example(spec)])
 def test_a_task_alone_shows_its_example(task, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert main(["plan", "--task", task, "--on", "h200"]) == 0

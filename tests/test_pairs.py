@@ -13,8 +13,8 @@ from wan_fast.config import EngineConfig, Request, WanFastError
 
 # what a video is of, where it is made, and what two blocks are too few for
 NOT_PAIRED = {
-    *("prompt", "negative_prompt", "size", "num_frames", "fps", "shift", "seed", "noise"),
-    *("checkpoint", "dit", "vae", "text_encoder", "image_encoder", "calibration", "device", "vram", "t5_cpu", "keep_blocks"),
+    *("prompt", "negative_prompt", "size", "fps", "shift", "seed", "noise", "start_from_ref", "refert_num"),
+    *("checkpoint", "vae", "text_encoder", "image_encoder", "calibration", "device", "vram", "t5_cpu", "keep_blocks"),
     *("ulysses_size", "ring_size", "t5_fsdp", "dit_fsdp"),  # of several processes
     "cuda_graphs",  # those that a CPU can stand in for are in test_graphs.py
 }

@@ -105,7 +105,7 @@ class Seen:
 
 def prepared(pictures, **given):
     request = resolve(SPEC, Request(prompt="x", size=SIZE, num_frames=FRAMES, seed=0, src_ref_images=pictures, **given))
-    framing, seen = FRAME["subjects"](request, SPEC, None), Seen()
+    framing, seen = FRAME["subjects"](request, SPEC, request), Seen()
     return PREPARE["subjects"](request, framing, seen)(framing.clips[0], None), framing, seen
 
 

@@ -396,7 +396,7 @@ def request_of(files, audio="1.1.wav", image="a.png", size=SIZE, infer_frames=8,
 def framed(files, **given):
     asked = request_of(files, **given)
     request = resolve(TASK, asked)
-    return request, FRAME["speech"](request, TASK, asked.num_frames)
+    return request, FRAME["speech"](request, TASK, asked)
 
 
 @pytest.mark.parametrize(

@@ -355,7 +355,7 @@ def test_given_elsewhere(native, media, tmp_path, capsys, monkeypatch):
 def framed(media, num_frames=None, **given):
     files = {"image": "picture.png", "pose_video": "poses.mkv"} | given
     request = Request(prompt="x", size=SIZE, num_frames=num_frames, **{name: str(media / file) for name, file in files.items()})
-    return FRAME["poses"](resolve(SPEC, request), SPEC, request.num_frames)
+    return FRAME["poses"](resolve(SPEC, request), SPEC, request)
 
 
 def test_what_the_task_is(media):
@@ -416,7 +416,7 @@ def test_poses_are_pixels_of_the_clips_size(media, pose_image):
     request = resolve(
         SPEC, Request(size=SIZE, num_frames=5, image=str(media / "picture.png"), pose_video=str(media / "wide.mkv"), **given)
     )
-    framing = FRAME["poses"](request, SPEC, 5)
+    framing = FRAME["poses"](request, SPEC, request)
     made = PREPARE["poses"](request, framing, Seen())(framing.clips[0], None)
     frames = torch.from_numpy(noise(7, 32, 96)[:5]).permute(0, 3, 1, 2)
     expected = F.interpolate(frames.float(), size=(48, 64), mode="bilinear", antialias=True).transpose(0, 1) / 255

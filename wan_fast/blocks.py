@@ -27,10 +27,10 @@ KeysValues = tuple[tuple[Tensor, Tensor], ...]
 class Given:
     """What an adapter makes of a clip's inputs, for all forwards of it.
 
-    added: [B, L, D] fp32, or what broadcasts to it, to be added to the clip's embedded tokens. of_reference: likewise, to those
-    of the reference latents, which come behind these. extra: [B, E, D] fp32, tokens behind both. places: [E', 3] along
-    (T, H, W), of all that are not the clip's own. channels: [C, 1, H, W] fp32, to be added to those that follow the noisy ones.
-    tensors: what it needs itself. keys_values: likewise, per block of its own.
+    added: [B, L, D] of any float dtype, or what broadcasts to it, to be added to the clip's embedded tokens. of_reference:
+    likewise, to those of the reference latents, which come behind these. extra: [B, E, D] fp32, tokens behind both. places:
+    [E', 3] along (T, H, W), of all that are not the clip's own. channels: [C, 1, H, W] fp32, to be added to those that follow
+    the noisy ones. tensors: what it needs itself. keys_values: likewise, per block of its own.
     """
 
     added: Tensor | None = None

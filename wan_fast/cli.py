@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from itertools import groupby
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from wan_fast.config import INPUTS, EngineConfig, Output, Request, WanFastError,
 from wan_fast.examples import example
 from wan_fast.flags import Parser, add_options, add_speech, build, refuse_speech
 from wan_fast.prompt_extension import PromptExtension, check, described, extend
+from wan_fast.sound import RATE
 from wan_fast.steps import LETTERS
 from wan_fast.tasks import TASKS
 
@@ -292,6 +294,14 @@ def _plan(words: Sequence[str]) -> int:
     return 0
 
 
+def _clips(todo: Plan) -> str:
+    """Of how many clips the video is made, and what of it the file has."""
+    framing, request = todo.framing, todo.request
+    clips = f" in {_count(len(framing.clips), 'clip')}" * bool(framing.segments)
+    heard = ceil(framing.samples / RATE * request.fps)
+    return clips + f", of which the file has {heard}, as long as the sound" * (0 < heard < request.num_frames)
+
+
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
@@ -316,7 +326,7 @@ def _say_plan(todo: Plan, *, is_example: bool) -> None:
     if request.image_guidance_scale is not None:
         scale += f" and {request.image_guidance_scale:g} by the pictures"
     print(
-        f"video       {request.size[0]}x{request.size[1]}, {request.num_frames} frames at {request.fps:g} fps; "
+        f"video       {request.size[0]}x{request.size[1]}, {request.num_frames} frames at {request.fps:g} fps{_clips(todo)}; "
         f"{request.num_steps} steps of {request.solver}, shift {request.shift:g}, guidance {scale}, "
         + (f"noise from {request.noise}" if request.noise else f"seed {request.seed}")
     )
@@ -471,8 +481,6 @@ def _quantize(words: Sequence[str]) -> int:
         written = write_quantized(parsed.checkpoint, parsed.out, recipe, on_progress=bars)
     print(f"linears     {written.linears}; all else is as it was")
     print(f"size        {_size(written.bytes_before)} before, {_size(written.bytes_after)} now")
-    if not TASKS[written.task].wired:
-        print(f"note        this version cannot run {written.task} yet")
     print(f'next        {_next(written.task, str(written.path))} --prompt "..."')
     print(written.path)
     return 0
@@ -529,9 +537,9 @@ def _task_of(checkpoint: str) -> str:
     if path is None:
         raise WanFastError(f"{checkpoint} is neither a folder nor in the hub cache; download it, or say its --task")
     opened = checkpoints.open_checkpoint(path)
-    fits = [name for name in checkpoints.tasks_of(opened) if TASKS[name].wired]
+    fits = checkpoints.tasks_of(opened)
     if not fits:
-        raise WanFastError(f"{str(path)!r} ({checkpoints.kind_of(opened)}) fits no task that this version can run")
+        raise WanFastError(f"{str(path)!r} ({checkpoints.kind_of(opened)}) fits no task; give another checkpoint")
     return fits[0]
 
 

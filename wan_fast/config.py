@@ -297,9 +297,6 @@ class EngineConfig:
             if self.task == "s2v-1.3B":  # as Phantom's own program calls it
                 hint = "it is Phantom's name for phantom-1.3B; take that one, or add --phantom_ckpt FILE"
             raise WanFastError(f"unknown task {self.task!r}; {hint}")
-        if not self.spec.wired:
-            able = " ".join(name for name, spec in TASKS.items() if spec.wired)
-            raise WanFastError(f"task {self.task} is known but cannot run in this version yet; these can: {able}")
         if self.checkpoint is not None and not str(self.checkpoint).strip():
             raise WanFastError("--ckpt_dir is empty; give a folder, a hub id, or tiny")
         self._check_parts()
@@ -639,11 +636,11 @@ def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -
     """
     for name in INPUTS:
         if (given := ",".join(map(str, request.given(name)))) and name not in spec.takes:
-            fit = " ".join(other.name for other in TASKS.values() if name in other.takes and other.wired)
+            fit = " ".join(other.name for other in TASKS.values() if name in other.takes)
             raise WanFastError(f"task {spec.name} takes no --{name} (given {given!r}); tasks that do: {fit}")
     for name in SPECIFIC:
         if (value := getattr(request, name)) not in (None, False) and name not in spec.takes:
-            fit = " ".join(other.name for other in TASKS.values() if name in other.takes and other.wired)
+            fit = " ".join(other.name for other in TASKS.values() if name in other.takes)
             raise WanFastError(f"task {spec.name} takes no {_flag(Request, name)} (given {value}); tasks that do: {fit}")
     for name in INPUTS:
         if not request.given(name) and name in spec.needs:

@@ -89,26 +89,21 @@ class WanDiT(nn.Module):
         own: dict[str, Any] = {"split": split, "eps": self.dims.eps}
         first, *others = (takes(block.self_attn.qkv) for block in self.blocks)
         shift, scale = tables[0, :, :, :2].unbind(2)
-        y = modulated(x, shift, scale, first, **own)
+        # one name for all that follows: what it held before is wanted as memory
+        y: Any = modulated(x, shift, scale, first, **own)
         adapter = self.adapter if self.adapter and self.adapter.layers else None
         after = adapter.begin(x, modulation, context, split, in_8_bits) if adapter else None
         for i, (block, table, keys_values, then, to) in enumerate(
             zip(self.blocks, tables, context.keys_values, following, [*others, torch.float32], strict=True)
         ):
-            more: Tensor | None = block(x, y, table, split, context, keys_values, in_8_bits)
-            gate, (shift, scale) = table[:, :, 5], then
+            y, gate = block(x, y, table, split, context, keys_values, in_8_bits), table[:, :, 5]
+            shift, scale = then
             if after and adapter and i in adapter.layers:
-                assert more is not None
-                add_gated_(x, more, gate, split)
-                more, gate = after(i, x), None
-            if more is None:
-                y = modulated(x, shift, scale, to, **own)
-            else:
-                y = added_and_modulated(x, more, gate, shift, scale, to, **own)
-            del more  # its memory is wanted in the next block
+                add_gated_(x, y, gate, split)
+                y, gate = after(i, x), None
+            y = modulated(x, shift, scale, to, **own) if y is None else added_and_modulated(x, y, gate, shift, scale, to, **own)
         if residual is not None:  # embedding again is cheaper than keeping a copy through the blocks
             torch.sub(x[:, :L], self.embed(latents, context), out=residual)
-        assert isinstance(y, Tensor)
         T, H, W = latents.shape[2:]
         return unpatchify(self.head.head(y[:, :L]), (T, H, W))
 

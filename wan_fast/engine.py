@@ -28,13 +28,13 @@ from wan_fast.examples import example
 from wan_fast.framing import Segment
 from wan_fast.kernels import only_reference
 from wan_fast.loading import load_model, reload
-from wan_fast.memory import GIB
+from wan_fast.memory import GIB, model_weights
 from wan_fast.merging import Merger
 from wan_fast.planning import Plan, plan
 from wan_fast.running import memory_guard, on_the_host, peak_bytes, tf32_convolutions
 from wan_fast.sampler import denoise, directly
 from wan_fast.schedule import sampler_of
-from wan_fast.setup import Setup, set_up, with_loras
+from wan_fast.setup import Models, Setup, set_up, with_loras
 from wan_fast.single_files import located
 from wan_fast.steps import Step
 from wan_fast.vae import WanVAE, lay_out
@@ -596,7 +596,11 @@ def _offload(config: EngineConfig, setup: Setup, request: Request | None) -> boo
         return bool(config.offload_model) and setup.device.type != "cpu"
     if request is not None:
         return plan(config, request, setup).memory.offload
+    usual = example(config.spec)
+    if not usual:  # what drives it is not known: a clip takes some of the rest
+        weights = model_weights(config, Models.of(config.spec, setup.checkpoint), setup)
+        return sum(weights.values()) > 0.8 * (config.vram if config.vram is not None else setup.device.free)
     try:
-        return plan(config, Request(**example(config.spec)), setup).memory.offload
+        return plan(config, Request(**usual), setup).memory.offload
     except WanFastError:  # not even with it: a smaller request may
         return True

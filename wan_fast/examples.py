@@ -18,7 +18,9 @@ _SURFER = (
     "drops of water glitter in the sun, the wind moves its whiskers, and it slowly turns its head. Green cliffs and a beach "
     "lie behind it."
 )
-_TALKS = "Summer beach holiday. A cream-coloured cat in tortoiseshell sunglasses sits on a surfboard, looks at the camera and talks."
+_TALKS = (
+    "Summer beach holiday. A cream-coloured cat in tortoiseshell sunglasses sits on a surfboard, looks at the camera and talks."
+)
 _BIRD = (
     "Computer animation. A round blue bird with thick eyebrows stands on the ground and looks about unsurely, then "
     "crouches, leaps up and spreads its wings. The camera rises with it into a blue sky, where it glides above sunlit "

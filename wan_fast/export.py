@@ -181,8 +181,7 @@ def _task(opened: Checkpoint, recipe: Recipe) -> str:
     task = recipe.task or next(iter(fits), None)
     if task is None:
         raise WanFastError(f"the checkpoint {str(opened.path)!r} fits no task of this version; see wan-fast inspect")
-    if TASKS[task].wired:
-        check(opened, TASKS[task])
+    check(opened, TASKS[task])
     return task
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil, floor, sqrt
 from pathlib import Path
 
-from wan_fast.config import Resolved, WanFastError
+from wan_fast.config import Request, Resolved, WanFastError
 from wan_fast.manifest.speech import MOTION_FRAMES
 from wan_fast.media import Footage, examine, has_sound, image_size
 from wan_fast.sound import features, frames_at_30, num_clips, read_sound
@@ -47,7 +47,8 @@ class Framing:
     trailing: latent frames behind it for which noise is drawn, and which are not denoised. frames: indices of the footage's,
     one per frame of the video. note: what whoever asked should know. latent_frames: that a clip denoises, `leading` not among
     them; None: as many as the video's frames come to. segments: the clips of a chain. history: frames at the end of what is
-    there that the next clip is given. fps: frames per second where footage says it. sound: a file whose sound the video has. samples: of it at 16 kHz, where the model hears it.
+    there that the next clip is given. fps: frames per second where footage says it. sound: a file whose sound the video has.
+    samples: of it at 16 kHz, where the model hears it.
     """
 
     size: Size
@@ -79,24 +80,24 @@ class Framing:
         return tuple(f"noise_{segment.index}" for segment in self.segments) or ("noise",)
 
 
-def as_asked(request: Resolved, spec: TaskSpec, at_most: int | None) -> Framing:
+def as_asked(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
     return Framing(request.size, request.num_frames)
 
 
-def by_picture(request: Resolved, spec: TaskSpec, at_most: int | None) -> Framing:
+def by_picture(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
     """TI2V: of a picture's shape, where there is one."""
     if request.image is None:
-        return as_asked(request, spec, at_most)
+        return as_asked(request, spec, asked)
     return Framing(best_size(request.size, image_size(Path(request.image)), spec.vae_spec.grid), request.num_frames)
 
 
-def by_area(request: Resolved, spec: TaskSpec, at_most: int | None) -> Framing:
+def by_area(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
     """I2V: of a picture's shape, in the area of the size asked for."""
     assert request.image is not None
     return Framing(size_by_area(request.size, image_size(Path(request.image)), spec.vae_spec.stride[1]), request.num_frames)
 
 
-def by_first_frame(request: Resolved, spec: TaskSpec, at_most: int | None) -> Framing:
+def by_first_frame(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
     """FLF2V: as `by_area` of the first frame; the last one has to have its size."""
     assert request.first_frame is not None and request.last_frame is not None
     first, last = (image_size(Path(path)) for path in (request.first_frame, request.last_frame))
@@ -111,7 +112,7 @@ def by_first_frame(request: Resolved, spec: TaskSpec, at_most: int | None) -> Fr
     return Framing(size, count, note=note)
 
 
-def by_footage(request: Resolved, spec: TaskSpec, at_most: int | None) -> Framing:
+def by_footage(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
     """VACE: of the video's shape, in the area of the size asked for, as long as the video, as far as the tokens of the size and
     length asked for go."""
     references = len(request.src_ref_images)
@@ -127,13 +128,13 @@ def by_footage(request: Resolved, spec: TaskSpec, at_most: int | None) -> Framin
     video = examine(Path(request.src_video), "--src_video")
     if request.src_mask is not None:
         _check_mask(video, examine(Path(request.src_mask), "--src_mask"))
-    size, frames = sampled(video.size, video.times, request.size, request.num_frames, at_most)
+    size, frames = sampled(video.size, video.times, request.size, request.num_frames, asked.num_frames)
     _check_references(request, size)
     note = "" if len(frames) >= request.num_frames else f"--src_video has {len(video.times)} frames, enough for {len(frames)}"
     return Framing(size, len(frames), leading=references, frames=frames, note=note)
 
 
-def by_references(request: Resolved, spec: TaskSpec, at_most: int | None) -> Framing:
+def by_references(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
     """Phantom: as asked; each reference is a latent frame more behind the clip."""
     count = len(request.src_ref_images)
     if count > MAX_SUBJECTS:
@@ -144,12 +145,12 @@ def by_references(request: Resolved, spec: TaskSpec, at_most: int | None) -> Fra
     return Framing(request.size, request.num_frames, trailing=count)
 
 
-def by_poses(request: Resolved, spec: TaskSpec, at_most: int | None) -> Framing:
+def by_poses(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
     """UniAnimate: of a picture's shape, in the area of the size asked for; a frame for each pose, as long as these last."""
     assert request.pose_video is not None
-    size, video = by_area(request, spec, at_most).size, examine(Path(request.pose_video), "--pose_video")
+    size, video = by_area(request, spec, asked).size, examine(Path(request.pose_video), "--pose_video")
     there, count = len(video.times), request.num_frames
-    if at_most is not None and there < count:
+    if asked.num_frames is not None and there < count:
         longest = (there - 1) // 4 * 4 + 1
         raise WanFastError(
             f"--pose_video has {_length(video)}, --frame_num asks for {count}; take {longest}, or a longer video"
@@ -168,12 +169,13 @@ def by_poses(request: Resolved, spec: TaskSpec, at_most: int | None) -> Framing:
     return Framing(size, count, frames=tuple(range(count)), fps=round(there / video.times[-1][1], 3), note="; ".join(notes))
 
 
-def by_speech(request: Resolved, spec: TaskSpec, at_most: int | None) -> Framing:
+def by_speech(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
     """S2V: of a picture's shape, as long as the sound, in clips that go on one from the other."""
     assert request.image is not None and request.audio is not None
-    if at_most is not None:
+    if asked.num_frames is not None:
         raise WanFastError(
-            f"task {spec.name} makes a video as long as its sound, got --frame_num {at_most}; leave it out, or take --num_clip"
+            f"task {spec.name} makes a video as long as its sound, got --frame_num {asked.num_frames}; leave it out, or take "
+            "--num_clip"
         )
     if request.fps != spec.fps:
         raise WanFastError(
@@ -212,16 +214,16 @@ def by_speech(request: Resolved, spec: TaskSpec, at_most: int | None) -> Framing
     )
 
 
-def by_folder(request: Resolved, spec: TaskSpec, at_most: int | None) -> Framing:
+def by_folder(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
     """Animate: as large and as long as the video of poses, in clips that each begin with the last frames of the one before."""
     folder, footage = folder_of(request), _driving(request)
     where, pose, picture = f"--src_root_path {str(folder)!r}", footage[POSE], image_size(folder / PERSON)
     grid, (width, height) = spec.vae_spec.grid, pose.size
     if width % grid or height % grid:
         raise WanFastError(f"{where}: {POSE} has {_sides(pose)}, not multiples of {grid}; run the preprocessing again")
-    if request.size not in (pose.size, spec.default_size):
-        asked = "*".join(map(str, request.size))
-        raise WanFastError(f"--size {asked} is not that of {POSE}, {width}*{height}, which the video takes; leave it out")
+    if asked.size not in (None, pose.size):
+        size = "*".join(map(str, request.size))
+        raise WanFastError(f"--size {size} is not that of {POSE}, {width}*{height}, which the video takes; leave it out")
     if not min(boxed_size(picture, pose.size)):
         raise WanFastError(
             f"{where}: {PERSON} is {picture[0]}x{picture[1]} pixels, of which nothing is left in {width}x{height}; crop it"
@@ -246,8 +248,8 @@ def by_folder(request: Resolved, spec: TaskSpec, at_most: int | None) -> Framing
     )
 
 
-# at_most: frames that a clip must not exceed, where that was said
-FRAME: dict[str, Callable[[Resolved, TaskSpec, int | None], Framing]] = {
+# of a request with every default filled in, the task, and the request as it was made
+FRAME: dict[str, Callable[[Resolved, TaskSpec, Request], Framing]] = {
     "text": as_asked,
     "text_image": by_picture,
     "image": by_area,
@@ -325,8 +327,8 @@ def _notes_on_picture(area_size: Size, picture: Size, size: Size) -> list[str]:
         )
     if 2 * picture[0] * picture[1] < area_size[0] * area_size[1]:
         notes.append(
-            f"--image has {picture[0]}x{picture[1]} pixels, and is not enlarged to an area of {area_size[0]}*{area_size[1]}; give "
-            "a larger one for a larger video"
+            f"--image has {picture[0]}x{picture[1]} pixels, and is not enlarged to an area of {area_size[0]}*{area_size[1]}; "
+            "give a larger one for a larger video"
         )
     return notes
 

@@ -69,17 +69,8 @@ def memory_plan(
     latent_frames = latent_shape[1] - framing.leading
     clip_shape = (latent_shape[0], max(latent_frames, (framing.decoded + 3) // 4), *latent_shape[2:])
     device, size = setup.device, 2 if setup.dtype == "bf16" else 4
-    weights = {"text encoder": size * manifest.num_parameters(models.text)}
-    for name, dims in models.experts.items():
-        label = "DiT" if name == "model" else f"DiT {name}"
-        weights[label] = _dit_bytes(dims, setup.forms.get(name, {}), size)
-    vae_size = 4 if setup.vae_dtype == "fp32" else 2
-    weights["VAE"] = vae_size * manifest.num_parameters(manifest.vae_shapes(models.vae))
-    image_size = 2 if setup.image_dtype == "fp16" else 4
-    if models.image is not None:
-        weights["image encoder"] = image_size * manifest.num_parameters(manifest.clip_shapes(models.image))
-    if config.t5_cpu and device.type != "cpu":
-        weights["text encoder"] = 0
+    vae_size, image_size = 4 if setup.vae_dtype == "fp32" else 2, 2 if setup.image_dtype == "fp16" else 4
+    weights = model_weights(config, models, setup)
     budget = config.vram if config.vram is not None else device.free
     dits = [label for label in weights if label.startswith("DiT")]
     fused = all(kernel.backend != "reference" for kernel in setup.kernels)
@@ -102,7 +93,6 @@ def memory_plan(
     if models.image is not None:
         at_work["image"], working["image"] = ["image encoder"], _image_bytes(models.image, image_size)
     if models.audio is not None:
-        weights["audio encoder"] = 4 * manifest.num_parameters(manifest.audio_shapes(models.audio))
         at_work["audio"], working["audio"] = ["audio encoder"], _audio_bytes(models.audio, framing.samples)
     if encoded := clips_encoded(config.spec, request, latent_frames, len(framing.clips)):
         at_work["encode"] = ["VAE"]
@@ -154,6 +144,23 @@ def memory_plan(
         f"({gib(resident[worst])} weights, {gib(working[worst])} working), the budget is {gib(budget)}; "
         + _advice(config, device, setup.dtype, worst)
     )
+
+
+def model_weights(config: EngineConfig, models: Models, setup: Setup) -> dict[str, int]:
+    """Bytes of the models on the device, were they all there."""
+    size = 2 if setup.dtype == "bf16" else 4
+    text = 0 if config.t5_cpu and setup.device.type != "cpu" else size * manifest.num_parameters(models.text)
+    weights = {"text encoder": text}
+    for name, dims in models.experts.items():
+        label = "DiT" if name == "model" else f"DiT {name}"
+        weights[label] = _dit_bytes(dims, setup.forms.get(name, {}), size)
+    weights["VAE"] = (4 if setup.vae_dtype == "fp32" else 2) * manifest.num_parameters(manifest.vae_shapes(models.vae))
+    if models.image is not None:
+        image_size = 2 if setup.image_dtype == "fp16" else 4
+        weights["image encoder"] = image_size * manifest.num_parameters(manifest.clip_shapes(models.image))
+    if models.audio is not None:
+        weights["audio encoder"] = 4 * manifest.num_parameters(manifest.audio_shapes(models.audio))
+    return weights
 
 
 def _short(config: EngineConfig, vae: manifest.VaeDims, device: Device, latent_shape: tuple[int, ...], chunk: int) -> bool:
@@ -321,7 +328,8 @@ def _inputs_bytes(
             channels += tokens * prod(PATCH) * dims.in_dim * size + 4 * prod(latent_shape[1:]) * dims.condition_dim
         vace = bool(dims.vace_layers) * (tokens * dims.dim * (4 + 2 * size) + 4 * prod(latent_shape[1:]) * dims.vace_dim)
         extension = bool(dims.extensions) * (tokens * dims.dim * 4 + all_tokens * dims.head_dim * 4)
-        total += image + channels + vace + extension + (all_tokens - tokens) * dims.dim * 4
+        # of either branch
+        total += image + channels + vace + extension + 2 * (all_tokens - tokens) * dims.dim * 4
     return total
 
 

@@ -146,7 +146,7 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
     todo = resolve(spec, request, Request(**opened.defaults) if opened and opened.defaults else None)
     # one that goes to both experts says the same in each
     warnings += dict.fromkeys(warning for files in setup.loras.values() for file in files for warning in file.warnings)
-    framing = FRAME[spec.kind](todo, spec, request.num_frames)
+    framing = FRAME[spec.kind](todo, spec, request)
     warnings += [*_untrained(spec, todo, opened), *filter(None, [framing.note])]
     if config.use_relighting_lora and not todo.replace_flag:
         warnings.append("--use_relighting_lora fits a person to the light of the video they are put into; add --replace_flag")
@@ -162,7 +162,7 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
     if todo.noise is not None:
         _check_noise(Path(todo.noise), latent_shape, framing)
     models = Models.of(spec, opened)
-    tokens = tokens_by_clip(next(iter(models.experts.values())), framing, latent_shape)
+    tokens = tokens_by_clip(next(iter(models.experts.values())), framing, latent_shape, todo)
     steps, step_cache, said = schedule(config, todo, opened, next(iter(models.experts.values())), setup.preset)
     warnings += said
     targets = {target for files in setup.loras.values() for file in files if file.lora.strength for target in file.updates}
@@ -206,14 +206,14 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
     )
 
 
-def tokens_by_clip(dims: manifest.DiTDims, framing: Framing, latent_shape: tuple[int, ...]) -> list[int]:
+def tokens_by_clip(dims: manifest.DiTDims, framing: Framing, latent_shape: tuple[int, ...], request: Resolved) -> list[int]:
     """Of each clip, those that the model puts behind its own among them."""
     _, T, H, W = latent_shape
     frame = H * W // prod(PATCH)
+    alone = [segment.index == 0 and not request.start_from_ref for segment in framing.clips]
     return [
-        (T + framing.trailing) * frame
-        + sum(extension.extra_tokens(latent_shape, first=segment.index == 0) for extension in dims.extensions)
-        for segment in framing.clips
+        (T + framing.trailing) * frame + sum(extension.extra_tokens(latent_shape, first) for extension in dims.extensions)
+        for first in alone
     ]
 
 
@@ -266,8 +266,7 @@ def _flops(
             for count in tokens
         ),
         "decode": sum(
-            manifest.vae_flops(models.vae, "decoder", max(T, (clip.skip + clip.count + 3) // 4), h, w)
-            for clip in framing.clips
+            manifest.vae_flops(models.vae, "decoder", max(T, (clip.skip + clip.count + 3) // 4), h, w) for clip in framing.clips
         ),
     }
     if models.image is not None:

@@ -134,7 +134,6 @@ class TaskSpec:
 
     name: str
     kind: str
-    wired: bool = False
     model_type: str
     dim: int
     ffn_dim: int
@@ -188,7 +187,6 @@ _5B: dict[str, Any] = dict(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30,
 _SMALL_SIZES: dict[str, Any] = dict(sizes=SIZES_480P, default_size=(832, 480))
 _PHANTOM: dict[str, Any] = dict(
     kind="subjects",
-    wired=True,
     model_type="t2v",
     in_dim=16,
     guidance_scale=(7.5, 7.5),
@@ -208,13 +206,12 @@ def _row(name: str, repo: str, *, diffusers: str | None = "-Diffusers", **facts)
 TASKS: dict[str, TaskSpec] = {
     row.name: row
     for row in (
-        _row("t2v-1.3B", "Wan2.1-T2V-1.3B", kind="text", wired=True, model_type="t2v", in_dim=16, **_1B, **_SMALL_SIZES),
-        _row("t2v-14B", "Wan2.1-T2V-14B", kind="text", wired=True, model_type="t2v", in_dim=16, **_14B),
+        _row("t2v-1.3B", "Wan2.1-T2V-1.3B", kind="text", model_type="t2v", in_dim=16, **_1B, **_SMALL_SIZES),
+        _row("t2v-14B", "Wan2.1-T2V-14B", kind="text", model_type="t2v", in_dim=16, **_14B),
         _row(
             "t2i-14B",
             "Wan2.1-T2V-14B",
             kind="text",
-            wired=True,
             model_type="t2v",
             in_dim=16,
             num_frames=1,
@@ -226,7 +223,6 @@ TASKS: dict[str, TaskSpec] = {
             "i2v-14B",
             "Wan2.1-I2V-14B-720P",
             kind="image",
-            wired=True,
             model_type="i2v",
             in_dim=36,
             num_steps=40,
@@ -242,7 +238,6 @@ TASKS: dict[str, TaskSpec] = {
             "Wan2.1-FLF2V-14B-720P",
             diffusers="-diffusers",
             kind="first_last",
-            wired=True,
             model_type="flf2v",
             in_dim=36,
             shift=16.0,
@@ -257,7 +252,6 @@ TASKS: dict[str, TaskSpec] = {
             "Wan2.1-VACE-1.3B",
             diffusers="-diffusers",
             kind="vace",
-            wired=True,
             model_type="vace",
             in_dim=16,
             shift=16.0,
@@ -271,7 +265,6 @@ TASKS: dict[str, TaskSpec] = {
             "Wan2.1-VACE-14B",
             diffusers="-diffusers",
             kind="vace",
-            wired=True,
             model_type="vace",
             in_dim=16,
             shift=16.0,
@@ -283,7 +276,6 @@ TASKS: dict[str, TaskSpec] = {
             "t2v-A14B",
             "Wan2.2-T2V-A14B",
             kind="text",
-            wired=True,
             model_type="t2v",
             in_dim=16,
             num_steps=40,
@@ -296,7 +288,6 @@ TASKS: dict[str, TaskSpec] = {
             "i2v-A14B",
             "Wan2.2-I2V-A14B",
             kind="image",
-            wired=True,
             model_type="i2v",
             in_dim=36,
             num_steps=40,
@@ -310,7 +301,6 @@ TASKS: dict[str, TaskSpec] = {
             "ti2v-5B",
             "Wan2.2-TI2V-5B",
             kind="text_image",
-            wired=True,
             model_type="ti2v",
             in_dim=48,
             num_frames=121,
@@ -325,7 +315,6 @@ TASKS: dict[str, TaskSpec] = {
             "Wan2.2-S2V-14B",
             diffusers=None,
             kind="speech",
-            wired=True,
             seed_per_clip=True,
             model_type="s2v",
             in_dim=16,
@@ -345,7 +334,6 @@ TASKS: dict[str, TaskSpec] = {
             "animate-14B",
             "Wan2.2-Animate-14B",
             kind="animate",
-            wired=True,
             model_type="animate",
             in_dim=36,
             num_steps=20,
@@ -366,7 +354,6 @@ TASKS: dict[str, TaskSpec] = {
             "unianimate-14B",
             "Wan2.1-I2V-14B-720P",
             kind="poses",
-            wired=True,
             model_type="i2v",
             in_dim=36,
             solver="euler",

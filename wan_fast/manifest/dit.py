@@ -164,8 +164,8 @@ def stays_fp32(name: str) -> bool:
 
 
 def dit_flops(dims: DiTDims, tokens: int, image_tokens: int = 0, own: int | None = None) -> float:
-    """FLOPs of one forward over `tokens`, of which `own` are the clip's (None: all); keys and values of text and pictures, and the VACE branch's input, are
-    not counted (they are computed once)."""
+    """FLOPs of one forward over `tokens`, of which `own` are the clip's (None: all); what is computed once, as keys and values
+    of text and pictures and the VACE branch's input are, is not counted."""
     D, F, L, hints = dims.dim, dims.ffn_dim, tokens, len(dims.vace_layers)
     per_block = 2 * L * (6 * D * D + 2 * D * F) + 4 * L * L * D + 4 * L * dims.text_len * D
     blocks = (dims.num_layers + hints) * per_block + dims.num_layers * 4 * L * image_tokens * D + hints * 2 * L * D * D

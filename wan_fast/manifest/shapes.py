@@ -34,7 +34,7 @@ class Extension(Protocol):
         ...
 
     def extra_tokens(self, latent_shape: Sequence[int], first: bool) -> int:
-        """Tokens that it puts behind the clip's own; `first`: in the first clip of a chain."""
+        """Tokens that it puts behind the clip's own; `first`: there is nothing before the clip."""
         ...
 
     def flops(self, dim: int, tokens: int) -> float:
