@@ -45,10 +45,11 @@ from wan_fast import planning, sampler, setup
 from wan_fast.attention import Attention8bit, of_projection
 from wan_fast.branches import Branches
 from wan_fast.calibrate import guided
-from wan_fast.config import EngineConfig, Request, WanFastError, parse_size
+from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import describe, named
 from wan_fast.engine import Engine
 from wan_fast.flags import Parser
+from wan_fast.parsing import parse_size
 from wan_fast.quality import PRESETS, settle
 from wan_fast.solver import Solver
 from wan_fast.steps import LETTERS, Step

@@ -19,11 +19,12 @@ from torch import nn
 from bench.networks import random_model
 from bench.timer import now
 from wan_fast import manifest
-from wan_fast.config import WanFastError, parse_size
+from wan_fast.config import WanFastError
 from wan_fast.counting import flops_so_far
 from wan_fast.engine import DTYPES
 from wan_fast.manifest import VaeDims
 from wan_fast.memory import DECODES
+from wan_fast.parsing import parse_size
 from wan_fast.roofs import copy_rate, product_rate
 from wan_fast.running import tf32_convolutions
 from wan_fast.tasks import VAES

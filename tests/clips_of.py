@@ -52,7 +52,7 @@ def write_clip(
     return path
 
 
-def write_folder(folder, frames, *, size=(64, 48), face=32, rate=30, sound=(), picture=(64, 48), **others):
+def write_folder(folder, frames, *, size=(64, 48), face=32, rate=30, sound=(), picture=(64, 48), seed=0, **others):
     """The files that Animate's preprocessing makes, of noise; returns the frames [F, H, W, 3] uint8 by name.
 
     Args:
@@ -61,13 +61,13 @@ def write_folder(folder, frames, *, size=(64, 48), face=32, rate=30, sound=(), p
     """
     folder.mkdir(exist_ok=True)
     clips = {}
-    for seed, name in enumerate(("pose", "face", "bg", "mask")):
+    for number, name in enumerate(("pose", "face", "bg", "mask"), seed):
         width, height = others.get(f"{name}_size", (face, face) if name == "face" else size)
-        clips[name] = noise(others.get(f"{name}_frames", frames), height, width, seed=seed)
+        clips[name] = noise(others.get(f"{name}_frames", frames), height, width, seed=number)
     clips["mask"] = np.where(clips["mask"][..., :1] > 99, np.uint8(255), np.uint8(0)).repeat(3, -1)
     for name, pixels in clips.items():
         write_clip(folder / f"src_{name}.mp4", pixels, rate=rate, sound=name in sound)
-    pixels = np.random.default_rng(9).integers(0, 256, (picture[1], picture[0], 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed + 9).integers(0, 256, (picture[1], picture[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "src_ref.png")
     return clips
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from wan_fast.conditioning import PREPARE
 from wan_fast.conditioning.image import grey_but_for, mask_of
 from wan_fast.conditioning.vace import covering, fitted, mask_channels
-from wan_fast.config import Request, resolve
+from wan_fast.config import Request
 from wan_fast.framing import FRAME
+from wan_fast.resolving import resolve
 from wan_fast.tasks import TASKS
 
 SIZE, FRAMES = (96, 64), 9

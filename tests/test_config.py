@@ -6,18 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wan_fast.config import (
-    EngineConfig,
-    Request,
-    WanFastError,
-    parse_bytes,
-    parse_guidance,
-    parse_size,
-    parse_steps,
-    resolve,
-    with_seed,
-)
+from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.framing import best_size
+from wan_fast.parsing import parse_bytes, parse_guidance, parse_size, parse_steps
+from wan_fast.resolving import resolve, with_seed
 from wan_fast.tasks import TASKS, VAES
 
 

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from wan_fast import EngineConfig, Request, WanFastError, few_steps, plan
 from wan_fast.checkpoint import locate, open_checkpoint
-from wan_fast.config import resolve
 from wan_fast.engine import Engine
 from wan_fast.examples import example
 from wan_fast.few_steps import PRESETS, parse_preset
+from wan_fast.resolving import resolve
 from wan_fast.sampler import denoise
 from wan_fast.schedule import sampler_of
 from wan_fast.solver import Solver

@@ -16,7 +16,9 @@ STDLIB = set(sys.stdlib_module_names)
 LEVELS: list[set[str]] = [
     {"errors", "kernels", "tasks", "user_cache"},
     {"caches", "few_steps", "lora", "sound"},
+    {"parsing"},
     {"config"},
+    {"resolving"},
     {"calibration", "device", "flags", "headers", "manifest", "names", "processes", "prompt_extension", "steps"},
     {"dialects", "lora_files", "quality", "skipping"},
     {"schemes", "self_test", "weights"},

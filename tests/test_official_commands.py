@@ -22,12 +22,14 @@ from safetensors.torch import save_file
 import wan_fast
 from wan_fast import cli
 from wan_fast.cli import _run_parser, main
-from wan_fast.config import INPUTS, EngineConfig, Request, WanFastError, parse_size, resolve
+from wan_fast.config import INPUTS, EngineConfig, Request, WanFastError
 from wan_fast.examples import FOLDER, example
 from wan_fast.flags import build
 from wan_fast.manifest import dit_shapes
+from wan_fast.parsing import parse_size
 from wan_fast.processes import World, check
 from wan_fast.prompt_extension import Extended, PromptExtension
+from wan_fast.resolving import resolve
 from wan_fast.tasks import TASKS
 
 # of the shell variables in tests/test.sh; four processes, as the 12 heads of the 1.3B are not to be divided by eight

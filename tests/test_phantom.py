@@ -17,7 +17,7 @@ from wan_fast.calibrate import calibrate
 from wan_fast.checkpoint import locate, open_dit, read_tensors
 from wan_fast.cli import main
 from wan_fast.conditioning import PREPARE
-from wan_fast.config import EngineConfig, Request, WanFastError, resolve
+from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import named
 from wan_fast.dit import grid_of
 from wan_fast.engine import Engine
@@ -25,6 +25,7 @@ from wan_fast.flags import phantom_tasks
 from wan_fast.framing import FRAME, whole_size
 from wan_fast.inputs import Inputs
 from wan_fast.recording import Recording
+from wan_fast.resolving import resolve
 from wan_fast.schedule import schedule
 from wan_fast.setup import Models, set_up
 from wan_fast.steps import official, step_plan

@@ -18,7 +18,7 @@ from wan_fast.adapters.speech import places_beside
 from wan_fast.branches import Branches
 from wan_fast.conditioning import PREPARE
 from wan_fast.conditioning.audio import bucketed, to_30_hz
-from wan_fast.config import EngineConfig, Request, WanFastError, resolve
+from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.counting import counted
 from wan_fast.dit import WanDiT, grid_of, sinusoid
 from wan_fast.engine import Engine
@@ -27,6 +27,7 @@ from wan_fast.inputs import Inputs
 from wan_fast.kernels import rope_table_of
 from wan_fast.manifest import DiTDims, dit_flops, dit_inputs_flops, dit_shapes, dit_text_flops, stays_fp32
 from wan_fast.manifest.speech import SpeechDims
+from wan_fast.resolving import resolve
 from wan_fast.sound import features
 from wan_fast.steps import Step
 from wan_fast.tasks import TASKS
@@ -267,6 +268,12 @@ def test_a_chain_works_in_the_memory_of_its_first_clip(model):
         assert torch.equal(made, torch.stack(branches(inputs)(step, x)))
     expected = [by_the_document(model, x, 600.0, texts[name], of(clips[1])[name]) for name in texts]
     assert relative_error(made, torch.stack(expected)) < 5e-6
+    # a pass that comes with a later clip has the frames before that one too
+    one = replace(step, unconditional="none")
+    joined = Branches([one], lambda name: model, texts, OWN, x.device, inputs=of(clips[0]), zero_first=False)
+    joined(one, x)
+    joined.start([step], texts, of(clips[1]))
+    assert torch.equal(torch.stack(joined(step, x)), made)
 
 
 def test_places():

@@ -19,7 +19,7 @@ from wan_fast.branches import Branches
 from wan_fast.checkpoint import describe_file, open_dit, open_part
 from wan_fast.cli import main
 from wan_fast.conditioning import PREPARE
-from wan_fast.config import EngineConfig, Request, WanFastError, resolve
+from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.dit import grid_of
 from wan_fast.engine import Engine
 from wan_fast.examples import FOLDER
@@ -27,6 +27,7 @@ from wan_fast.framing import FRAME
 from wan_fast.inputs import Inputs
 from wan_fast.manifest import DiTDims, dit_inputs_flops, dit_shapes, stays_fp32
 from wan_fast.manifest.pose import PoseDims
+from wan_fast.resolving import resolve
 from wan_fast.single_files import open_configured
 from wan_fast.steps import official, sigma_grid, step_plan
 from wan_fast.tasks import TASKS

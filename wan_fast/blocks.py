@@ -65,7 +65,8 @@ class Context:
         for pairs in (*self.keys_values, *self.given.keys_values):
             for pair in pairs:
                 yield from pair
-        others = (self.channels, self.extra, self.given.added, self.given.channels, *self.given.tensors)
+        given = self.given
+        others = (self.channels, self.extra, given.added, given.extra, given.channels, *given.tensors)
         yield from (tensor for tensor in others if tensor is not None)
 
 

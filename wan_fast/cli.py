@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 
 import wan_fast
 from wan_fast import processes
-from wan_fast.config import INPUTS, EngineConfig, Output, Request, WanFastError, with_seed
+from wan_fast.config import INPUTS, EngineConfig, Output, Request, WanFastError
 from wan_fast.examples import example
 from wan_fast.flags import Parser, add_options, add_speech, build, refuse_speech
 from wan_fast.prompt_extension import PromptExtension, check, described, extend
+from wan_fast.resolving import with_seed
 from wan_fast.sound import RATE
 from wan_fast.steps import LETTERS
 from wan_fast.tasks import TASKS

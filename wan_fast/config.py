@@ -7,19 +7,30 @@ writes. The command line is generated from the fields; a field's `flags` are its
 from __future__ import annotations
 
 import math
-import random
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
-from os.path import exists, expanduser
+from os.path import expanduser
 from pathlib import Path
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 from wan_fast.caches import CfgCache, StepCache
 from wan_fast.errors import WanFastError as WanFastError
-from wan_fast.few_steps import OFF, PRESETS, SIGMA_MAX, parse_preset
-from wan_fast.lora import EXPERTS, Lora
+from wan_fast.few_steps import PRESETS, parse_preset
+from wan_fast.lora import Lora
+from wan_fast.parsing import (
+    check_choice,
+    option,
+    pair,
+    parse_bool,
+    parse_bytes,
+    parse_experts,
+    parse_file,
+    parse_files,
+    parse_guidance,
+    parse_size,
+    parse_steps,
+)
 from wan_fast.tasks import TASKS, TaskSpec
 
 # fields of a request that name pictures, videos and sounds, and a folder of such
@@ -37,93 +48,10 @@ INPUTS = (
 )
 # and others that only some tasks have
 SPECIFIC = ("num_clip", "infer_frames", "start_from_ref", "refert_num", "replace_flag", "image_guidance_scale")
-# sizes that a name stands for, as in VACE's own script
-NAMED_SIZES = {"480p": (832, 480), "720p": (1280, 720)}
 # what files of weights end in
 PART_SUFFIXES = (".safetensors", ".pth", ".gguf")
 # values of --attention that compute in 8 bits
 ATTENTION_8BIT = ("int8", "fp8", "sage", "int8-sm90", "fp8-sm90")
-
-
-def option(default: Any, help: str, *flags: str, parse: Callable[[str], Any] | None = None, unit: str = "") -> Any:
-    metadata = {"help": help, "flags": flags, "parse": parse, "unit": unit}
-    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """'1280*704', '1280x704' or '720p' -> (width, height) in pixels."""
-    if text.strip().lower() in NAMED_SIZES:
-        return NAMED_SIZES[text.strip().lower()]
-    match = re.fullmatch(r"\s*(\d+)\s*[*xX×]\s*(\d+)\s*", text)
-    if not match:
-        raise WanFastError(f"--size must be WIDTH*HEIGHT in pixels, got {text!r}; for example 1280*704")
-    return int(match[1]), int(match[2])
-
-
-def parse_guidance(text: str) -> float | tuple[float, float]:
-    """'5' -> 5.0; '3,4' -> (3.0, 4.0), low-noise first."""
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    if len(values) not in (1, 2):
-        raise WanFastError(f"--sample_guide_scale must be one number or LOW,HIGH, got {text!r}; for example 5 or 3,4")
-    return values[0] if len(values) == 1 else (values[0], values[1])
-
-
-def parse_steps(text: str) -> tuple[int, int]:
-    """'2' -> (2, 2); '4,1' -> (4, 1), first ones first."""
-    match = re.fullmatch(r"\s*(\d+)\s*(?:,\s*(\d+)\s*)?", text)
-    if not match:
-        raise WanFastError(f"--keep_steps must be one number or FIRST,LAST, got {text!r}; for example 2 or 4,1")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def parse_bytes(text: str) -> int | None:
-    """'12GiB', '12GB', '800MiB' -> bytes; 'auto' -> None."""
-    if text == "auto":
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if not match:
-        raise WanFastError(f"--vram must be a size or auto, got {text!r}; for example 12GiB")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** "KMGT".find(match[2].upper()) * base if match[2] else float(match[1]))
-
-
-def parse_experts(text: str, spec: TaskSpec) -> dict[str, str]:
-    """What --dit says of a task: 'FILE' -> {'model': 'FILE'}, 'high=FILE,low=FILE' -> paths by expert, of both or of one."""
-    one_expert, text = spec.experts == ("model",), text.strip()
-    if not re.match("(?:high|low)=", text) or (one_expert and exists(text)):
-        if not one_expert:
-            raise WanFastError(f"task {spec.name} has two experts, got --dit {text!r}; give --dit high=FILE,low=FILE")
-        return {"model": text}
-    if one_expert:
-        raise WanFastError(f"task {spec.name} has one expert, got --dit {text!r}; give --dit FILE")
-    # a comma may also be part of a path
-    named = [part.split("=", 1) for part in re.split(r"\s*,\s*(?=(?:high|low)=)", text)]
-    if len({name for name, _ in named}) < len(named):
-        raise WanFastError(f"--dit {text!r} gives an expert twice; give --dit high=FILE,low=FILE")
-    return {EXPERTS[name]: path for name, path in named}
-
-
-def parse_file(text: str) -> str:
-    """'~/a.png' -> '/home/me/a.png', which a shell does not do behind an equals sign."""
-    return expanduser(text)
-
-
-def parse_files(text: str) -> tuple[str, ...]:
-    """'a.png,b.png' -> ('a.png', 'b.png')."""
-    files = tuple(parse_file(part.strip()) for part in text.split(","))
-    if not all(files):
-        raise WanFastError(f"--src_ref_images must be FILE or FILE,FILE, got {text!r}; take out the empty one")
-    return files
-
-
-def parse_bool(text: str) -> bool:
-    word = text.strip().lower()
-    if word not in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
-        raise WanFastError(f"expected true or false, got {text!r}")
-    return word in ("yes", "true", "t", "y", "1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,15 +232,15 @@ class EngineConfig:
             raise WanFastError(f"--use_relighting_lora is of animate-14B, --task is {self.task}; leave it out")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise WanFastError(f"unknown device {self.device!r}; choose auto, cuda, cuda:N or cpu")
-        _check_choice(self, "dtype", "auto", "bf16", "fp32")
-        _check_choice(self, "precision", "auto", "bf16", "fp8", "int8")
-        _check_choice(self, "scaling", "auto", "row", "tensor", "block")
+        check_choice(self, "dtype", "auto", "bf16", "fp32")
+        check_choice(self, "precision", "auto", "bf16", "fp8", "int8")
+        check_choice(self, "scaling", "auto", "row", "tensor", "block")
         if self.keep_blocks is not None and self.keep_blocks < 0:
             raise WanFastError(f"--keep_blocks must be 0 or more, got {self.keep_blocks}")
         if self.precision == "int8" and self.scaling == "tensor":
             raise WanFastError("--scaling tensor is for fp8: an integer's scale is that of its token; take --scaling row")
-        _check_choice(self, "vae_dtype", "auto", "bf16", "fp16", "fp32")
-        _check_choice(self, "attention", "auto", "sdpa", "flash", "xformers", *ATTENTION_8BIT)
+        check_choice(self, "vae_dtype", "auto", "bf16", "fp16", "fp32")
+        check_choice(self, "attention", "auto", "sdpa", "flash", "xformers", *ATTENTION_8BIT)
         if self.keep_steps is not None and not (
             isinstance(self.keep_steps, (tuple, list))
             and len(self.keep_steps) == 2
@@ -327,7 +255,7 @@ class EngineConfig:
                 raise WanFastError(
                     f"{flag} is for attention in 8 bits, --attention is {self.attention}; add --attention int8, or leave it out"
                 )
-        _check_choice(self, "quality", None, "lossless", "high", "fast", "draft")
+        check_choice(self, "quality", None, "lossless", "high", "fast", "draft")
         _ = self.caches
         if self.cfg_zero is not None and not 0 <= self.cfg_zero <= 1000:
             raise WanFastError(
@@ -337,7 +265,7 @@ class EngineConfig:
             raise WanFastError(
                 f"--calibration {str(self.calibration)!r} is not a file; check the path, or run wan-fast calibrate"
             )
-        _check_choice(self, "kernels", "auto", "reference")
+        check_choice(self, "kernels", "auto", "reference")
         if not isinstance(self.lora, (list, tuple)) or not all(isinstance(lora, str) for lora in self.lora):
             raise WanFastError(f"lora must be a list of PATH[:STRENGTH], got {self.lora!r}; for example ['style.safetensors']")
         _ = self.loras
@@ -415,6 +343,8 @@ class Request:
     Raises:
         WanFastError: a value is not allowed, whatever the task.
     """
+
+    settled: ClassVar[bool] = False
 
     prompt: str | None = option(None, "what the video shows", "--prompt", unit="TEXT")
     negative_prompt: str | None = option(
@@ -526,8 +456,8 @@ class Request:
     )
 
     def __post_init__(self) -> None:
-        # what is settled is the length of a chain, whose clips may come to another
-        asked = None if isinstance(self, Resolved) else self.num_frames
+        # what is settled may be the length of a chain
+        asked = None if self.settled else self.num_frames
         if asked is not None and (asked < 1 or asked % 4 != 1):
             low = max(1, (asked - 1) // 4 * 4 + 1)
             near = str(low) if asked < 1 else f"{low} or {low + 4}"
@@ -548,11 +478,11 @@ class Request:
             raise WanFastError(f"--sample_shift must be a positive number, got {self.shift}")
         if self.fps is not None and not 1 <= self.fps <= 240:
             raise WanFastError(f"--fps must be from 1 to 240, got {self.fps}")
-        if self.guidance_scale is not None and not all(map(math.isfinite, _pair(self.guidance_scale))):
+        if self.guidance_scale is not None and not all(map(math.isfinite, pair(self.guidance_scale))):
             raise WanFastError(f"--sample_guide_scale must be finite, got {self.guidance_scale}")
         if self.image_guidance_scale is not None and not math.isfinite(self.image_guidance_scale):
             raise WanFastError(f"--sample_guide_scale_img must be finite, got {self.image_guidance_scale}; 5 is the default")
-        _check_choice(self, "solver", None, "unipc", "dpm++", "euler", "lcm")
+        check_choice(self, "solver", None, "unipc", "dpm++", "euler", "lcm")
         if self.preset is not None:
             parse_preset(self.preset)
         if self.seed is not None and self.seed >= 2**63:
@@ -580,30 +510,6 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved(Request):
-    """A request that leaves nothing open; `size` and `num_frames` are what was asked for, until the plan settles them.
-
-    preset: with its largest sigma, where it has one; None for a solver on its own grid.
-    """
-
-    prompt: str
-    negative_prompt: str
-    size: tuple[int, int]
-    num_frames: int
-    fps: float
-    num_steps: int
-    shift: float
-    guidance_scale: tuple[float, float]
-    solver: str  # type: ignore[assignment]
-    seed: int
-
-    @property
-    def two_scales(self) -> bool:
-        """Whether the guidance by pictures takes a pass of its own: not where it is none, or that by the text."""
-        return self.image_guidance_scale not in (None, 1.0, self.guidance_scale[0])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
     """What the command line writes, beside the video itself."""
 
@@ -626,137 +532,3 @@ class Output:
         "--profile",
     )
     quiet: bool = option(False, "no progress bars", "--quiet")
-
-
-def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -> Resolved:
-    """Fill what `request` leaves open from the checkpoint's own `defaults`, then from the task; hold it against the task.
-
-    Raises:
-        WanFastError: the request does not fit the task.
-    """
-    for name in INPUTS:
-        if (given := ",".join(map(str, request.given(name)))) and name not in spec.takes:
-            fit = " ".join(other.name for other in TASKS.values() if name in other.takes)
-            raise WanFastError(f"task {spec.name} takes no --{name} (given {given!r}); tasks that do: {fit}")
-    for name in SPECIFIC:
-        if (value := getattr(request, name)) not in (None, False) and name not in spec.takes:
-            fit = " ".join(other.name for other in TASKS.values() if name in other.takes)
-            raise WanFastError(f"task {spec.name} takes no {_flag(Request, name)} (given {value}); tasks that do: {fit}")
-    for name in INPUTS:
-        if not request.given(name) and name in spec.needs:
-            raise WanFastError(f"task {spec.name} needs --{name}, got none; add --{name} FILE")
-    if request.context_scale != 1 and not spec.vace_layers:
-        raise WanFastError(f"--context_scale is of the vace tasks, --task is {spec.name}; leave it out")
-    prompt = request.prompt if request.prompt is not None else spec.prompt
-    if not (prompt or "").strip():
-        raise WanFastError(f'task {spec.name} needs a prompt, got none; add --prompt "..."')
-
-    def chosen(name: str, last: Any) -> Any:
-        values = (getattr(request, name), defaults and getattr(defaults, name), last)
-        return next(value for value in values if value is not None)
-
-    size = chosen("size", spec.default_size)
-    is_480p = spec.shift_480p is not None and tuple(sorted(size)) == (480, 832)
-    sampling = of_preset(spec, request, request.preset or OFF) or {
-        "preset": None,
-        "num_steps": chosen("num_steps", spec.num_steps),
-        "shift": chosen("shift", spec.shift_480p if is_480p else spec.shift),
-        "solver": (solver := chosen("solver", spec.solver)),
-        "guidance_scale": _pair(
-            (request.guidance_scale or 1.0) if solver == "lcm" else chosen("guidance_scale", spec.guidance_scale)
-        ),
-    }
-    if spec.image_guidance_scale is not None:
-        without = sampling["preset"] is not None or sampling["solver"] == "lcm"
-        sampling["image_guidance_scale"] = chosen("image_guidance_scale", 1.0 if without else spec.image_guidance_scale)
-        if without and sampling["image_guidance_scale"] != 1:
-            raise WanFastError(
-                f"--sample_guide_scale_img {sampling['image_guidance_scale']:g}: guidance blurs what models distilled to a few "
-                "steps make; leave it out"
-            )
-    resolved = Resolved(
-        **{
-            **{f.name: getattr(request, f.name) for f in fields(request)},
-            "size": size,
-            "num_frames": chosen("num_frames", spec.num_frames),
-            "fps": chosen("fps", spec.fps),
-            **sampling,
-            "prompt": prompt,
-            "negative_prompt": chosen("negative_prompt", spec.negative_prompt),
-            "seed": with_seed(request).seed,
-        }
-    )
-    low, high = resolved.guidance_scale
-    if resolved.solver == "lcm" and resolved.guidance_scale != (1.0, 1.0):
-        raise WanFastError(
-            f"--sample_solver lcm is for distilled models, which guidance blurs: got --sample_guide_scale {low:g}; leave it out"
-        )
-    if spec.boundary is None and low != high:
-        raise WanFastError(f"task {spec.name} has one expert, got two guidance scales ({low:g},{high:g}); give one number")
-    if spec.image_only and resolved.num_frames != 1:
-        raise WanFastError(f"task {spec.name} makes one picture, got --frame_num {resolved.num_frames}; leave it out")
-    grid = spec.vae_spec.grid
-    if not request.is_area and (size[0] % grid or size[1] % grid):
-        near = "*".join(str(max(grid, round(side / grid) * grid)) for side in size)
-        raise WanFastError(
-            f"--size {size[0]}*{size[1]} is not on the {grid}-pixel grid of {spec.name}; the nearest that is: {near}"
-        )
-    return resolved
-
-
-def of_preset(spec: TaskSpec, request: Request, asked: str) -> dict[str, Any]:
-    """What a preset says of the sampling; empty for none.
-
-    Raises:
-        WanFastError: there is no such preset, or the request says something else of the sampling.
-    """
-    name, sigma_max = parse_preset(asked)
-    if name == OFF:
-        return {}
-    preset, said = PRESETS[name], f"--preset {asked}"
-    if request.solver not in (None, preset.solver):
-        raise WanFastError(
-            f"{said} is a sampler of its own, of solver {preset.solver}: got --sample_solver {request.solver}; leave it out"
-        )
-    if request.num_steps not in (None, *preset.steps):
-        able = " or ".join(map(str, sorted(preset.steps)))
-        raise WanFastError(f"{said} has {able} steps: got --sample_steps {request.num_steps}; leave it out")
-    if request.guidance_scale is not None and _pair(request.guidance_scale) != (1.0, 1.0):
-        raise WanFastError(
-            f"{said} has no guidance, as its models were distilled with it, and blur with more: got --sample_guide_scale "
-            f"{','.join(f'{scale:g}' for scale in dict.fromkeys(_pair(request.guidance_scale)))}; leave it out"
-        )
-    if request.shift is not None and preset.shift is None:
-        raise WanFastError(f"{said} has its own noise levels: got --sample_shift {request.shift:g}; leave it out")
-    shift = preset.shift_of_two if preset.shift_of_two and spec.boundary is not None else preset.shift
-    if preset.sigma_max:
-        sigma_max = sigma_max or SIGMA_MAX["image" in spec.needs or request.image is not None]
-    return {
-        "preset": f"{name}:{sigma_max:.10g}" if preset.sigma_max else name,
-        "num_steps": request.num_steps or preset.steps[0],
-        "shift": request.shift or shift or 1.0,
-        "solver": preset.solver,
-        "guidance_scale": (1.0, 1.0),
-    }
-
-
-def _flag(cls: type, name: str) -> str:
-    """What a field is called on the command line."""
-    return next(field.metadata["flags"][0] for field in fields(cls) if field.name == name)
-
-
-def with_seed(request: Request) -> Request:
-    """The request with a seed drawn where it has none or a negative one."""
-    if request.seed is not None and request.seed >= 0:
-        return request
-    return replace(request, seed=random.randrange(2**31))
-
-
-def _pair(scale: float | tuple[float, float]) -> tuple[float, float]:
-    return (float(scale), float(scale)) if isinstance(scale, (int, float)) else (float(scale[0]), float(scale[1]))
-
-
-def _check_choice(options: Any, name: str, *allowed: str | None) -> None:
-    value = getattr(options, name)
-    if value not in allowed:
-        raise WanFastError(f"--{name} must be one of {' '.join(filter(None, allowed))}, got {value!r}")

@@ -358,15 +358,19 @@ class Engine:
         generator = torch.Generator(self.device).manual_seed(todo.request.seed)
         dtype = torch.bfloat16 if self.spec.seed_per_clip else torch.float32
 
+        def drawn() -> Tensor:
+            whole = torch.randn(C, T + trailing, H, W, generator=generator, device=self.device, dtype=dtype)
+            return whole[:, :T] if trailing else whole
+
         def draw() -> Tensor:
             if sampler.time_first:
                 return torch.randn(T, C, H, W, generator=generator, device=self.device).transpose(0, 1)
-            return torch.randn(C, T + trailing, H, W, generator=generator, device=self.device, dtype=dtype)[:, :T].float()
+            return drawn()
 
         def noise(segment: Segment) -> tuple[Tensor, Callable[[], Tensor]]:
             if self.spec.seed_per_clip:
                 generator.manual_seed(todo.request.seed + segment.index)
-            first = torch.randn(C, T + trailing, H, W, generator=generator, device=self.device, dtype=dtype)[:, :T].float()
+            first = drawn().float()
             if todo.request.noise is not None:
                 from safetensors.torch import load_file
 

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import wan_fast
 from wan_fast import manifest, schemes
 from wan_fast.checkpoint import Checkpoint, Part, check, locate, open_checkpoint, read_tensors, tasks_of
-from wan_fast.config import EngineConfig, Request, WanFastError, option
+from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.memory import GIB
+from wan_fast.parsing import option
 from wan_fast.planning import plan
 from wan_fast.schemes import Form
 from wan_fast.tasks import TASKS

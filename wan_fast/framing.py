@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from math import ceil, floor, sqrt
 from pathlib import Path
 
-from wan_fast.config import Request, Resolved, WanFastError
+from wan_fast.config import Request, WanFastError
 from wan_fast.manifest.speech import MOTION_FRAMES
 from wan_fast.media import Footage, examine, has_sound, image_size
+from wan_fast.resolving import Resolved
 from wan_fast.sound import features, frames_at_30, num_clips, read_sound
 from wan_fast.tasks import TaskSpec
 

@@ -8,10 +8,11 @@ from itertools import product
 from math import prod
 
 from wan_fast import manifest, schemes
-from wan_fast.config import ATTENTION_8BIT, EngineConfig, Resolved, WanFastError
+from wan_fast.config import ATTENTION_8BIT, EngineConfig, WanFastError
 from wan_fast.device import Device
 from wan_fast.framing import Framing
 from wan_fast.manifest.speech import MOTION_FRAMES
+from wan_fast.resolving import Resolved
 from wan_fast.schemes import Form
 from wan_fast.setup import Models, Setup
 from wan_fast.sound import STRIDES

@@ -16,12 +16,13 @@ from typing import Any
 from wan_fast import manifest, schemes
 from wan_fast.backends import KernelChoice
 from wan_fast.checkpoint import Checkpoint
-from wan_fast.config import EngineConfig, Request, Resolved, WanFastError, resolve
+from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import Device, named
 from wan_fast.framing import FRAME, Framing
 from wan_fast.headers import read_safetensors_header
 from wan_fast.memory import MemoryPlan, clips_encoded, gib, memory_plan, strips
 from wan_fast.presets import named_preset
+from wan_fast.resolving import Resolved, resolve
 from wan_fast.schedule import schedule
 from wan_fast.setup import Models, Setup, set_up
 from wan_fast.single_files import to_be_given

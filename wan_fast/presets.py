@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from wan_fast import few_steps
 from wan_fast.checkpoint import Checkpoint
-from wan_fast.config import Request, WanFastError, of_preset
+from wan_fast.config import Request, WanFastError
+from wan_fast.resolving import of_preset
 from wan_fast.setup import Setup
 
 

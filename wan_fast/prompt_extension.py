@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from wan_fast.config import WanFastError, _check_choice, option
+from wan_fast.config import WanFastError
+from wan_fast.parsing import check_choice, option
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,8 +100,8 @@ class PromptExtension:
     )
 
     def __post_init__(self) -> None:
-        _check_choice(self, "prompt_extend_method", None, *_MODELS)
-        _check_choice(self, "prompt_extend_target_lang", None, "zh", "en")
+        check_choice(self, "prompt_extend_method", None, *_MODELS)
+        check_choice(self, "prompt_extend_target_lang", None, "zh", "en")
         if self.prompt_extend_model is not None and not str(self.prompt_extend_model).strip():
             raise WanFastError("--prompt_extend_model is empty; give a folder, a hub id, or leave it out")
         if self.use_prompt_extend:

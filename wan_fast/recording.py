@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wan_fast.calibration import FILE
-from wan_fast.config import WanFastError, option
+from wan_fast.config import WanFastError
+from wan_fast.parsing import option
 from wan_fast.video import check_folder
 
 PROMPTS = (

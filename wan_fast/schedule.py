@@ -11,9 +11,10 @@ from wan_fast import calibration, few_steps, manifest, skipping
 from wan_fast.caches import StepCache
 from wan_fast.calibration import Calibration, Wanted
 from wan_fast.checkpoint import Checkpoint
-from wan_fast.config import ATTENTION_8BIT, EngineConfig, Resolved
+from wan_fast.config import ATTENTION_8BIT, EngineConfig
 from wan_fast.errors import WanFastError
 from wan_fast.few_steps import Sampler
+from wan_fast.resolving import Resolved
 from wan_fast.skipping import FEW_STEPS, SIGNALS, Known
 from wan_fast.steps import Step, in_8_bits, official, step_plan
 

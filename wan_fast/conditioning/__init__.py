@@ -12,8 +12,8 @@ from wan_fast.conditioning.speech import prepare_speech
 from wan_fast.conditioning.subjects import prepare_subjects
 from wan_fast.conditioning.text import prepare_text, prepare_text_image
 from wan_fast.conditioning.vace import prepare_vace
-from wan_fast.config import Resolved
 from wan_fast.framing import Framing
+from wan_fast.resolving import Resolved
 
 __all__ = ["PREPARE", "Clips", "Conditioning", "Encoders", "texts_of"]
 

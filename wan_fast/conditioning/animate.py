@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from wan_fast.conditioning.image import grey_but_for
 from wan_fast.conditioning.prepared import Clips, Conditioning, Encoders, texts_of
-from wan_fast.config import Resolved
 from wan_fast.framing import BACKGROUND, FACE, MASK, PERSON, POSE, Framing, Segment, Size, boxed_size, folder_of, reflected
 from wan_fast.inputs import Inputs
 from wan_fast.media import examine, read_frames, read_image
+from wan_fast.resolving import Resolved
 
 
 def prepare_animate(request: Resolved, framing: Framing, encoders: Encoders) -> Clips:

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wan_fast.conditioning.prepared import Conditioning, Encoders, pixels_of, texts_of
-from wan_fast.config import Resolved
 from wan_fast.framing import Framing
 from wan_fast.inputs import Inputs
 from wan_fast.media import read_image
+from wan_fast.resolving import Resolved
 
 
 def prepare_image(request: Resolved, framing: Framing, encoders: Encoders) -> Conditioning:

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from wan_fast.conditioning.image import prepare_image
 from wan_fast.conditioning.prepared import Conditioning, Encoders
-from wan_fast.config import Resolved
 from wan_fast.framing import Framing, Size
 from wan_fast.media import examine, read_frames, read_image
+from wan_fast.resolving import Resolved
 
 
 def prepare_poses(request: Resolved, framing: Framing, encoders: Encoders) -> Conditioning:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wan_fast.config import Resolved
 from wan_fast.framing import Framing, Segment
 from wan_fast.inputs import Inputs
+from wan_fast.resolving import Resolved
 
 if TYPE_CHECKING:
     from PIL import Image

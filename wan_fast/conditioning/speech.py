@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from wan_fast.conditioning.audio import bucketed, to_30_hz
 from wan_fast.conditioning.prepared import Clips, Conditioning, Encoders, pixels_of, texts_of
-from wan_fast.config import Resolved
 from wan_fast.framing import Framing, Segment, Size, scaled_sides
 from wan_fast.inputs import Inputs
 from wan_fast.manifest.speech import MOTION_FRAMES
 from wan_fast.media import examine, read_frames, read_image
+from wan_fast.resolving import Resolved
 from wan_fast.sound import read_sound
 from wan_fast.tasks import PATCH
 

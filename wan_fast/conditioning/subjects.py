@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from wan_fast.conditioning.prepared import Conditioning, Encoders, pixels_of, texts_of
-from wan_fast.config import Resolved
 from wan_fast.framing import Framing, Size, whole_size
 from wan_fast.inputs import Inputs
 from wan_fast.media import read_image
+from wan_fast.resolving import Resolved
 
 if TYPE_CHECKING:
     from PIL import Image

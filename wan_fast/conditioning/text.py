@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from wan_fast.conditioning.prepared import Conditioning, Encoders, pixels_of, texts_of
-from wan_fast.config import Resolved
 from wan_fast.framing import Framing
 from wan_fast.media import read_image
+from wan_fast.resolving import Resolved
 from wan_fast.tasks import PATCH
 
 

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from wan_fast.conditioning.image import grey_but_for
 from wan_fast.conditioning.prepared import Conditioning, Encoders, pixels_of, texts_of
-from wan_fast.config import Resolved
 from wan_fast.framing import Framing, Size, fitted_size
 from wan_fast.inputs import Inputs
 from wan_fast.media import examine, read_frames, read_image
+from wan_fast.resolving import Resolved
 
 if TYPE_CHECKING:
     from PIL import Image
