@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from models import official_grid
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
@@ -85,11 +86,7 @@ def make_dit(dims: DiTDims, shape: tuple[int, ...], dtype: torch.dtype, device: 
     text = torch.randn(1, dims.text_len, dims.text_dim, device=device)
     x = torch.randn(1, dims.out_dim, *shape[1:], device=device)
     t = torch.full((1,), 700.0, device=device)
-    blank = Inputs.blank(dims, shape)
-    given = {
-        n: None if (z := getattr(blank, n)) is None else torch.randn_like(z, device=device)
-        for n in ("channels", "image", "control")
-    }
+    given: dict[str, Any] = {name: torch.randn_like(z, device=device) for name, z in Inputs.blank(dims, shape).tensors()}
     inputs = Inputs(**given)
     context = model.prepare([text[0]], grid_of(x.shape), inputs)
     return {"model": model, "x": x, "t": t, "text": text, "inputs": inputs, "context": context}
@@ -144,9 +141,13 @@ def dit(
     """One forward; the text is projected once for ours, as in a run, and at every call in diffusers and officially."""
     parts = make_dit(dims, shape, dtype, device)
     model, x, t, text, context = (parts[name] for name in ("model", "x", "t", "text", "context"))
+    own = prod(grid_of(x.shape))
+    images = 257 if dims.image_dim else 0
+    # what is behind a clip's own tokens is at timestep 0 where sound moves a picture
+    time, split = (F.pad(t[:, None], (0, 1)), own) if dims.speech else (t[:, None], 0)
 
     def ours() -> Tensor:
-        return model(x, t[:, None], context)
+        return model(x, time, context, split=split)
 
     def graphed() -> Callable[[], Any]:
         if device.type != "cuda":
@@ -180,18 +181,18 @@ def dit(
         return call
 
     official = partial(official_step, model, x, t[:, None], [text[0]], context, Habits(modulation_per_token=version == "2.2"))
-    rivals = {
+    rivals: dict[str, Callable[[], Callable[[], Any]]] = {
         f"{OURS}, graphed": graphed,
         f"{OURS}, --kernels reference": reference,
-        **({} if dims.vace_layers else {"official recipe": lambda: official}),
-        "diffusers": lambda: diffusers_dit(parts, dims, dtype),
-        "diffusers, SDPA cuDNN": cudnn,
     }
+    if not dims.extensions:
+        rivals |= {} if dims.vace_layers else {"official recipe": lambda: official}
+        rivals |= {"diffusers": lambda: diffusers_dit(parts, dims, dtype), "diffusers, SDPA cuDNN": cudnn}
     return Work(
         arms={OURS: lambda: ours, **({"diffusers, compiled": theirs_compiled} if compiled else rivals)},
         rate="bf16" if dtype == BF16 else "fp32",
         tolerance=1e-4 if dtype == FP32 else 5e-2,
-        flops=manifest.dit_flops(dims, prod(context.grid), 257 if dims.image_dim else 0),
+        flops=manifest.dit_flops(dims, own + (0 if context.extra is None else context.extra.shape[1]), images, own),
         bytes=sum(w.nbytes for w in model.state_dict().values()) + 2 * x.nbytes,
     )
 
@@ -418,7 +419,9 @@ _UMT5_QUARTER = manifest.text_shapes(32768, 1024, 1024, 2560, 16, 6)
 def _dit(task: str, *video: int) -> Callable[[torch.device], Work]:
     spec = TASKS[task]
     version = "2.2" if "Wan2.2" in spec.hub_id else "2.1"
-    return partial(dit, DiTDims.of_task(spec), latent_shape(task, *video), BF16, version=version)
+    C, T, H, W = latent_shape(task, *video)
+    leading = spec.kind == "animate"  # the picture's frame
+    return partial(dit, DiTDims.of_task(spec), (C, T + leading, H, W), BF16, version=version)
 
 
 def _vae(
@@ -435,6 +438,8 @@ GPU_DIT_CASES = (
 GPU_14B_CASES = (
     Case("dit/t2v-14B/832x480x81/bf16", "cuda", _dit("t2v-14B", 832, 480, 81), 30.0, True),
     Case("dit/i2v-14B/832x480x81/bf16", "cuda", _dit("i2v-14B", 832, 480, 81), 35.0),
+    Case("dit/s2v-14B/832x480x80/bf16", "cuda", _dit("s2v-14B", 832, 480, 80), 35.0),
+    Case("dit/animate-14B/832x480x77/bf16", "cuda", _dit("animate-14B", 832, 480, 77), 35.0),
 )
 GPU_VAE_CASES = (
     Case("vae/2.2-decode/1280x704x121/bf16", "cuda", _vae("2.2", (48, 31, 44, 80), dtype=BF16), 40.0, True),

@@ -545,7 +545,7 @@ def _shorten_text(folder: Path) -> None:
 
 
 def _write_loras(file: Path, relighting: Path) -> None:
-    """One for all the models, whose blocks are alike: of a linear, a bias and a modulation. The same as that of a checkpoint."""
+    """One for all the models, whose blocks are alike: of a linear and a modulation; and the same as a checkpoint's own."""
     generator = torch.Generator().manual_seed(1)
     sizes = {"ffn.0.lora_down.weight": (2, 128), "ffn.0.lora_up.weight": (320, 2), "diff_m": (1, 6, 128)}
     state = {f"blocks.1.{name}": 0.2 * torch.randn(size, generator=generator) for name, size in sizes.items()}

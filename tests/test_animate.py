@@ -532,7 +532,7 @@ BAD = {
         r"--frame_num 5, .* must be more than the 5 that it takes over \(--refert_num\); take 77",
     ),
     "silent": (lambda folder: {"audio": str(folder / "src_pose.mp4")}, "--audio .*src_pose.mp4' holds no sound; give"),
-    "no sound file": (lambda folder: {"audio": str(folder / "src_ref.txt")}, "src_ref.txt' has no whole sound"),
+    "no sound file": (lambda folder: {"audio": str(folder / "src_ref.txt")}, "src_ref.txt' is no whole sound file"),
     "refert_num": (lambda folder: {"refert_num": 77}, "--refert_num must be 1 or 5, got 77"),
     "image": (lambda folder: {"image": str(folder / "src_ref.png")}, "takes no --image"),
 }

@@ -249,7 +249,7 @@ def test_offload_changes_nothing_with_caches(caches, tmp_path):
     engine = Engine(EngineConfig(task="t2v-A14B", checkpoint=str(folder), device="cpu", **caches))
     request = replace(REQUEST, num_steps=12, shift=3.0)
     plain = engine.generate(request).latents
-    engine.config, moves = replace(engine.config, offload_model=True), []
+    engine.residents.config, moves = replace(engine.config, offload_model=True), []
     for name in ("high_noise", "low_noise"):
         model = engine.models[name]
         model.to = lambda *args, name=name, model=model: moves.append((name, str(args[0]))) or model

@@ -258,8 +258,8 @@ def test_offload_keeps_one_model_on_the_device(task, moves, tmp_path, monkeypatc
         return self
 
     monkeypatch.setattr(torch.nn.Module, "to", to)
-    engine.config = replace(engine.config, offload_model=True)
-    monkeypatch.setattr(engine, "device", torch.device("cpu:0"))  # another spelling of the same device, to tell moves apart
+    engine.residents.config = replace(engine.config, offload_model=True)
+    engine.residents.device = torch.device("cpu:0")  # another spelling of the same device, to tell moves apart
     assert torch.equal(engine.generate(request).latents, expected)
     assert max(map(len, trace)) == 1
     assert [t for t in trace if t] == moves and not on_device

@@ -28,7 +28,7 @@ LEVELS: list[set[str]] = [
     {"adapters"},
     {"dit"},
     {"branches", "conditioning", "distances", "embeddings", "examples", "loading", "recording", "setup", "solver"},
-    {"memory", "presets", "sampler", "schedule"},
+    {"memory", "presets", "residents", "sampler", "schedule"},
     {"planning", "running"},
     {"workspace"},
     {"engine"},

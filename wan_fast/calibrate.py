@@ -131,7 +131,7 @@ def calibrate(
     Raises:
         WanFastError: a run cannot be carried out, or a file not written.
     """
-    if config.spec.kind == "subjects":
+    if config.spec.image_guidance_scale is not None:
         raise WanFastError(
             f"calibration is of one guidance scale and a checkpoint's own DiT, and {config.task} has two, and a DiT beside it; "
             "take --step-cache every:2, or a mask"
@@ -208,7 +208,7 @@ def fitted(record: Record, todo: Plan, signals: Mapping[str, Sequence[float]], p
         magcache=magcache,
         teacache=teacache,
         size=list(request.size),
-        num_frames=request.num_frames,
+        num_frames=todo.framing.clip_frames,
         image=request.image is not None,
         guidance_scale=list(request.guidance_scale),
         loras=[str(lora) for lora in todo.config.loras if lora.strength],

@@ -119,7 +119,7 @@ def locate(name: str | None, spec: TaskSpec, *, download: bool = True) -> Path |
             give = "give a file as --dit, --vae, --text_encoder or --image_encoder" if folder.exists() else "give a folder"
             raise WanFastError(f"checkpoint folder {name!r} {what}; {give}, a hub id such as {spec.hub_id}, or tiny")
         return folder
-    encoders = {"image_encoder": spec.image_tokens > 0, "audio_encoder": spec.kind == "speech"}
+    encoders = {"image_encoder": spec.image_tokens > 0, "audio_encoder": spec.audio_encoder}
     return _from_hub(name or spec.hub_id, download, [encoder for encoder, needed in encoders.items() if needed])
 
 
@@ -201,7 +201,7 @@ def check(checkpoint: Checkpoint, spec: TaskSpec, *, whole: bool = True) -> None
         _check_text_encoder(checkpoint.text_encoder, checkpoint)
     if checkpoint.image_encoder is not None and spec.image_tokens:
         _check_image_encoder(checkpoint.image_encoder, checkpoint, spec)
-    if checkpoint.audio_encoder is not None and spec.kind == "speech":
+    if checkpoint.audio_encoder is not None and spec.audio_encoder:
         _check_audio_encoder(checkpoint.audio_encoder, checkpoint)
     if checkpoint.tokenizer is not None and checkpoint.tokenizer.is_file() and find_spec("sentencepiece") is None:
         raise WanFastError(
@@ -235,7 +235,7 @@ def _check_whole(checkpoint: Checkpoint, spec: TaskSpec) -> None:
     for name, called in want.items():
         if getattr(checkpoint, name) is None:
             raise WanFastError(f"checkpoint {where!r} has no {called}; download the whole repository, or give --{name} FILE")
-    if spec.kind == "speech" and checkpoint.audio_encoder is None:
+    if spec.audio_encoder and checkpoint.audio_encoder is None:
         called = WAV2VEC2 if native else "audio_encoder"
         raise WanFastError(f"checkpoint {where!r} has no {called}/; download the whole repository")
     text = checkpoint.text_encoder
@@ -417,7 +417,7 @@ def describe_file(path: Path) -> dict[str, Any]:
         kind = f"{_branch(part)} DiT {_channels(part)}"
         fits = [name for name, spec in TASKS.items() if _kind(spec).partition(",")[0] == kind]
     elif what == "audio encoder":
-        fits = [name for name, spec in TASKS.items() if spec.kind == "speech"]
+        fits = [name for name, spec in TASKS.items() if spec.audio_encoder]
     else:
         fits = [name for name, spec in TASKS.items() if spec.image_tokens or what == "text encoder"]
     told: dict[str, Any] = {"file": str(path), "kind": what, "fits": fits or ["no task of this version"]}

@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from itertools import groupby
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +21,10 @@ import wan_fast
 from wan_fast import processes
 from wan_fast.config import INPUTS, EngineConfig, Output, Request, WanFastError
 from wan_fast.examples import example
-from wan_fast.flags import Parser, add_options, add_speech, build, refuse_speech
+from wan_fast.flags import Parser, add_options, add_tts, build, refuse_tts
+from wan_fast.parsing import flag_of
 from wan_fast.prompt_extension import PromptExtension, check, described, extend
 from wan_fast.resolving import with_seed
-from wan_fast.sound import RATE
 from wan_fast.steps import LETTERS
 from wan_fast.tasks import TASKS
 
@@ -104,14 +103,14 @@ def _run_parser(name: str) -> Parser:
     parser = _parser(name, f"Example: {_EXAMPLE}")
     for cls in (EngineConfig, Request, PromptExtension, Output):
         add_options(parser, cls)
-    add_speech(parser)
+    add_tts(parser)
     return parser
 
 
 def _options(parsed: argparse.Namespace) -> tuple[EngineConfig, Request, PromptExtension, Output]:
     config = build(EngineConfig, parsed)
     processes.check(config)
-    refuse_speech(parsed)
+    refuse_tts(parsed)
     request = build(Request, parsed)
     if _nothing_asked(parsed):
         request = replace(request, **example(config.spec))
@@ -299,8 +298,8 @@ def _clips(todo: Plan) -> str:
     """Of how many clips the video is made, and what of it the file has."""
     framing, request = todo.framing, todo.request
     clips = f" in {_count(len(framing.clips), 'clip')}" * bool(framing.segments)
-    heard = ceil(framing.samples / RATE * request.fps)
-    return clips + f", of which the file has {heard}, as long as the sound" * (0 < heard < request.num_frames)
+    shown = framing.shown or request.num_frames
+    return clips + f", of which the file has {shown}, as long as the sound" * (shown < request.num_frames)
 
 
 def _count(number: int, what: str) -> str:
@@ -369,6 +368,8 @@ _WORDS = {"#": "computed", ".": "reused", "~": "reconstructed", "0": "predicts n
 def _say_schedule(todo: Plan, *, always: bool = False) -> None:
     """A character per step and branch, and how many passes are left out; nothing where all are computed, but for `always`."""
     rows = {name: "".join(LETTERS[getattr(step, name)] for step in todo.steps) for name in ("conditional", "unconditional")}
+    if todo.request.two_scales:
+        rows["unprompted"] = rows["unconditional"]
     if todo.quality:
         print(f"quality     {todo.quality}")
     if {*"".join(rows.values())} == {"#"} and not always:
@@ -377,7 +378,8 @@ def _say_schedule(todo: Plan, *, always: bool = False) -> None:
         print(f"step cache  {todo.step_cache}")
     used = ", ".join(f"{letter} {word}" for letter, word in _WORDS.items() if letter in "".join(rows.values()))
     print(f"schedule    {rows['conditional']}  conditional ({used})")
-    print(f"            {rows['unconditional']}  unconditional")
+    for name in [*rows][1:]:
+        print(f"            {rows[name]}  {name}")
     if len({step.expert for step in todo.steps}) > 1:
         print("            " + "".join(step.expert[0].upper() for step in todo.steps) + "  expert (H high noise, L low noise)")
     fewer = todo.forwards_uncached / todo.forwards
@@ -526,7 +528,10 @@ def _calibrate(words: Sequence[str]) -> int:
 
 def _next(task: str, checkpoint: str) -> str:
     """A command that runs a checkpoint, but for the prompt."""
-    inputs = "".join(f" --{name} FILE" for name in sorted(TASKS[task].needs - {"prompt"}))
+    spec = TASKS[task]
+    given = [flag_of(Request, name) for name in sorted(spec.needs - {"prompt"})]
+    given += [] if spec.own_file is None else [flag_of(EngineConfig, spec.own_file[0], -1)]
+    inputs = "".join(f" {flag} {'FOLDER' if flag == '--src_root_path' else 'FILE'}" for flag in given)
     return f"wan-fast run --task {task} --ckpt_dir {shlex.quote(checkpoint)}{inputs}"
 
 

@@ -20,6 +20,7 @@ from wan_fast.few_steps import PRESETS, parse_preset
 from wan_fast.lora import Lora
 from wan_fast.parsing import (
     check_choice,
+    check_types,
     option,
     pair,
     parse_bool,
@@ -219,6 +220,7 @@ class EngineConfig:
     dit_fsdp: bool = option(False, "spread the DiT over several processes; comes with a later version", "--dit_fsdp")
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.task not in TASKS:
             close = get_close_matches(str(self.task), TASKS, 1)
             hint = f"did you mean {close[0]}?" if close else "choose one of " + " ".join(TASKS)
@@ -293,7 +295,8 @@ class EngineConfig:
 
     def _check_parts(self) -> None:
         for name, path in self.parts.items():
-            flag = f"--{'dit' if name in self.spec.experts else name} {path!r}"
+            own = self.spec.own_file is not None and self.spec.own_file[0] == "dit"
+            flag = f"--{name if name not in self.spec.experts else 'phantom_ckpt' if own else 'dit'} {path!r}"
             if not path.strip():
                 raise WanFastError(f"{flag} is empty; give a file")
             if not Path(path).exists():
@@ -456,6 +459,7 @@ class Request:
     )
 
     def __post_init__(self) -> None:
+        check_types(self)
         # what is settled may be the length of a chain
         asked = None if self.settled else self.num_frames
         if asked is not None and (asked < 1 or asked % 4 != 1):
@@ -464,7 +468,7 @@ class Request:
             raise WanFastError(f"--frame_num must be 4n+1, got {asked}; take {near}")
         for count, least in (("num_clip", 1), ("infer_frames", 4)):
             if (value := getattr(self, count)) is not None and value < least:
-                raise WanFastError(f"--{count} must be {least} or more, got {value}")
+                raise WanFastError(f"--{count} must be {least} or more, got {value}; leave it out for the usual number")
         if self.infer_frames is not None and self.infer_frames % 4:
             low = self.infer_frames // 4 * 4
             raise WanFastError(f"--infer_frames must be a multiple of 4, got {self.infer_frames}; take {low} or {low + 4}")

@@ -23,7 +23,7 @@ from wan_fast.conditioning import PREPARE, Clips, Conditioning, texts_of
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, Request, WanFastError
 from wan_fast.dit import WanDiT
 from wan_fast.embeddings import Embeddings
-from wan_fast.encoders import AudioEncoder, ImageEncoder, TextEncoder, Tokenizer
+from wan_fast.encoders import Tokenizer
 from wan_fast.examples import example
 from wan_fast.framing import Segment
 from wan_fast.kernels import only_reference
@@ -31,16 +31,15 @@ from wan_fast.loading import load_model, reload
 from wan_fast.memory import GIB, model_weights
 from wan_fast.merging import Merger
 from wan_fast.planning import Plan, plan
+from wan_fast.residents import DTYPES, Residents
 from wan_fast.running import memory_guard, on_the_host, peak_bytes, tf32_convolutions
 from wan_fast.sampler import denoise, directly
 from wan_fast.schedule import sampler_of
 from wan_fast.setup import Models, Setup, set_up, with_loras
 from wan_fast.single_files import located
 from wan_fast.steps import Step
-from wan_fast.vae import WanVAE, lay_out
 from wan_fast.workspace import Workspace
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # per clip the noise to start from [C, T, H, W], and what draws more of it
 Noise: TypeAlias = Callable[[Segment], tuple[Tensor, Callable[[], Tensor]]]
 # (stage, done, total): "load" counts bytes, "denoise" steps, "decode" frames, the others pieces
@@ -51,8 +50,9 @@ Progress = Callable[[str, int, int], None]
 class Video:
     """A finished clip.
 
-    frames: [F, H, W, 3] uint8 on the CPU; F is 0 where `on_pixels` took them. latents: [C, T, H, W] fp32, of a chain those of
-    its clips one after the other. stats: seconds and bytes per stage, and the plan. sound: a file with the clip's sound.
+    frames: [F, H, W, 3] uint8 on the CPU, up to the end of the sound that drives them; F is 0 where `on_pixels` took them.
+    latents: [C, T, H, W] fp32, of a chain those of its clips one after the other. stats: seconds and bytes per stage, and the
+    plan. sound: a file with the clip's sound.
     """
 
     frames: Tensor
@@ -96,7 +96,8 @@ class Engine:
         self.spec = config.spec
         self.device = torch.device(self._setup.device.name)
         self.dtype = DTYPES[self._setup.dtype]
-        self.workspace = Workspace(self.device, self._expert)
+        self.residents = Residents(self.config, self._setup, self.device)
+        self.workspace = Workspace(self.device, self.residents.expert)
         self._settle_attention()
         mergers = {name: Merger(files) for name, files in self._setup.loras.items()}
         # tensors that are not the checkpoint's own, by expert
@@ -108,6 +109,11 @@ class Engine:
             for merger in mergers.values():
                 merger.check()
             self._load(opened, mergers, request, on_progress or _silent)
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """By name: "text", "vae", "image", "audio" and the experts."""
+        return self.residents.models
 
     def set_loras(self, loras: Sequence[str]) -> None:
         """Give the model other LoRAs: `PATH[:STRENGTH]`, as --lora takes them; none restores the checkpoint's own weights.
@@ -157,8 +163,8 @@ class Engine:
             on_step: called after each denoising step has been issued.
             on_progress: called with (stage, done, total).
             on_frames: called with each decoded chunk, [3, f, H, W] fp32 in [-1, 1], before it is rounded to 8 bits.
-            on_pixels: called with each decoded chunk, [f, H, W, 3] uint8 on the CPU, while the next one is decoded; the clip is
-                then not collected, so that memory does not grow with its length.
+            on_pixels: called with each decoded chunk, [f, H, W, 3] uint8 on the CPU, while the next one is decoded, up to the
+                end of the sound that drives them; the clip is then not collected, so that memory does not grow with its length.
 
         Raises:
             WanFastError: the request does not fit the task or the device.
@@ -170,9 +176,10 @@ class Engine:
         self._reset_peak()
         # made outside inference mode, so that the caller may change it
         width, height = todo.request.size
-        frames = torch.empty(0 if on_pixels else todo.request.num_frames, height, width, 3, dtype=torch.uint8)
+        shown = todo.framing.shown or todo.request.num_frames
+        frames = torch.empty(0 if on_pixels else shown, height, width, 3, dtype=torch.uint8)
         latents: list[Tensor] = []
-        take, before = on_pixels or _into(frames), None
+        take, before = _first(shown, on_pixels or _into(frames)), None
         with self._running(todo):
             begun = self._begin(todo, progress)
             for segment in todo.framing.clips:
@@ -246,8 +253,8 @@ class Engine:
             if embedding is not None:
                 found[name] = embedding.to(self.device)
         if missing := [name for name in texts if name not in found]:
-            self._load_text()
-            with self._at_work("text") as encoder:
+            self.residents.load_text()
+            with self.residents.at_work("text") as encoder:
                 device = next(encoder.parameters()).device
                 for name in missing:
                     embedding = encoder(self.tokenizer(texts[name]).to(device))
@@ -261,17 +268,17 @@ class Engine:
         """Pictures [3, H, W] fp32 in [-1, 1] -> their tokens [I, S, image_dim]; of a model that takes none, None."""
         if "image" not in self.models:
             return None
-        with self._at_work("image") as encoder:
+        with self.residents.at_work("image") as encoder:
             return torch.stack([encoder(picture.to(self.device)) for picture in pictures])
 
     def encode_audio(self, samples: Tensor) -> Tensor:
         """Sound [n] fp32 at 16 kHz -> all states of the audio encoder [layers, Ta, width] fp32, at 50 per second."""
-        with self._at_work("audio") as encoder, tf32_convolutions(False):
+        with self.residents.at_work("audio") as encoder, tf32_convolutions(False):
             return encoder(samples.to(self.device))
 
     def encode_video(self, chunks: Iterable[Tensor], num_frames: int) -> Tensor:
         """A clip in chunks [3, f, H, W] in [-1, 1], 1 frame and then multiples of 4 -> normalised latents [C, T, h, w] fp32."""
-        with self._at_work("vae") as vae:
+        with self.residents.at_work("vae") as vae:
             return vae.encode_stream(chunks, num_frames)
 
     def _denoise(
@@ -302,7 +309,7 @@ class Engine:
             workspace.kept = None  # its memory holds half a clip
             raise
         finally:
-            self._expert(None)
+            self.residents.expert(None)
             workspace.note(clip.run, "steps")
 
     def _decode(
@@ -321,7 +328,7 @@ class Engine:
         run = self.workspace.run(todo) if memory.decode_graphs else directly
         progress("decode", done, todo.request.num_frames)
         if on_frames or history:
-            taken = _part(segment)
+            taken = _part(segment.skip, segment.count)
 
             def take(chunk: Tensor) -> None:
                 nonlocal before
@@ -332,7 +339,7 @@ class Engine:
                     tail = chunk[:, -history:]
                     before = torch.cat([tail] if before is None else [before, tail], dim=1)[:, -history:].contiguous()
 
-        with self._at_work("vae") as vae:
+        with self.residents.at_work("vae") as vae:
             stream = vae.decode_stream(
                 latents,
                 chunk=memory.decode_chunk,
@@ -342,7 +349,7 @@ class Engine:
                 on_frames=take if on_frames or history else None,
                 run=None if run is directly else run,
             )
-            kept = _part(segment)
+            kept = _part(segment.skip, segment.count)
             for pixels in on_the_host(stream):
                 pixels = pixels[kept(pixels.shape[0])]
                 if len(pixels):
@@ -411,16 +418,13 @@ class Engine:
             self._setup = replace(self._setup, kernels=tuple(settled))
         return attention
 
-    # --- models and where they are ------------------------------------------------------------------------------------
-
     def _load(
         self, opened: checkpoints.Checkpoint, mergers: Mapping[str, Merger], request: Request | None, progress: Progress
     ) -> None:
-        text, vae, config = opened.text_encoder, opened.vae, self.config
-        assert text is not None and vae is not None and opened.tokenizer is not None
-        home = torch.device("cpu") if config.offload_model else self.device
+        config = self.config
+        assert opened.text_encoder is not None and opened.tokenizer is not None
         from_cache = self._has_embeddings(request)
-        total, done = opened.num_bytes - from_cache * text.num_bytes, 0
+        total, done = opened.num_bytes - from_cache * opened.text_encoder.num_bytes, 0
 
         def report(count: int) -> None:
             nonlocal done
@@ -430,43 +434,18 @@ class Engine:
         progress("load", 0, total)
         dims = {name: manifest.DiTDims.of_shapes(part.shapes, part.config) for name, part in opened.experts.items()}
         self.tokenizer = Tokenizer(opened.tokenizer, min(d.text_len for d in dims.values()))
-        self.models: dict[str, nn.Module] = {}
         if not from_cache:
-            self._load_text(report)
-        self.models["vae"] = load_model(
-            lambda: WanVAE(manifest.VaeDims.of_shapes(vae.shapes)),
-            vae,
-            home,
-            lambda name: DTYPES[self._setup.vae_dtype],
-            lay_out=lay_out,
-            report=report,
-        )
-        if (image := opened.image_encoder) is not None and self.spec.image_tokens:
-            self.models["image"] = load_model(
-                lambda: ImageEncoder(manifest.ClipDims.of_shapes(image.shapes)),
-                image,
-                home,
-                lambda name: DTYPES[self._setup.image_dtype],
-                report=report,
-            )
-        if (audio := opened.audio_encoder) is not None and self.spec.kind == "speech":
-            self.models["audio"] = load_model(
-                lambda: AudioEncoder(manifest.AudioDims.of_config(audio.config)),
-                audio,
-                home,
-                lambda name: torch.float32,
-                report=report,
-            )
+            self.residents.load_text(report)
+        self.residents.load(report)
         for name, part in opened.experts.items():
             self.models[name] = load_model(
                 partial(WanDiT, dims[name], self._attention, self._attention_8bit, config.keep_blocks or 0),
                 part,
-                home,
+                self.residents.home,
                 merger=mergers.get(name),
                 report=report,
                 **self._held(name),
             )
-        self._active: str | None = None
 
     def _held(self, expert: str) -> dict[str, Any]:
         """How the tensors of an expert are brought into the model."""
@@ -491,45 +470,6 @@ class Engine:
         if request is None or self.embeddings is None:
             return False
         return all(self.embeddings.has(text) for text in texts_of(self.plan(request).request).values())
-
-    def _load_text(self, report: Callable[[int], None] | None = None) -> None:
-        """Load the text encoder, if it is not there yet."""
-        assert self._setup.checkpoint is not None
-        part = self._setup.checkpoint.text_encoder
-        if "text" in self.models:
-            return
-        assert part is not None
-        away = self.config.t5_cpu or self.config.offload_model
-        self.models["text"] = load_model(
-            lambda: TextEncoder(part.shapes),
-            part,
-            torch.device("cpu") if away else self.device,
-            lambda name: self.dtype,
-            report=report,
-        )
-
-    @contextmanager
-    def _at_work(self, name: str) -> Iterator[Any]:
-        """A model on the device it works on; under offload it goes back to the host afterwards."""
-        moves = self.config.offload_model and not (name == "text" and self.config.t5_cpu)
-        model = self.models[name]
-        if moves:
-            model.to(self.device)
-        try:
-            yield model
-        finally:
-            if moves:
-                model.to("cpu")
-
-    def _expert(self, name: str | None) -> Any:
-        """The DiT of that name, on the device; under offload the one before it leaves, and None leaves none."""
-        if self.config.offload_model and name != self._active:
-            if self._active is not None:
-                self.models[self._active].to("cpu")
-            if name is not None:
-                self.models[name].to(self.device)
-        self._active = name
-        return self.models[name] if name is not None else None
 
     # --- accounts -----------------------------------------------------------------------------------------------------
 
@@ -556,13 +496,24 @@ class Engine:
         }
 
 
-def _part(segment: Segment) -> Callable[[int], slice]:
-    """Of chunks that follow each other, given by their lengths, what of each belongs to the segment."""
+def _first(count: int, on_pixels: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """Gives on_pixels no more than so many frames [f, H, W, 3]."""
+    part = _part(0, count)
+
+    def take(pixels: Tensor) -> None:
+        if len(kept := pixels[part(len(pixels))]):
+            on_pixels(kept)
+
+    return take
+
+
+def _part(skip: int, count: int) -> Callable[[int], slice]:
+    """Of chunks that follow each other, given by their lengths, what of each is within `count` behind the first `skip`."""
     place = 0
 
     def part(length: int) -> slice:
         nonlocal place
-        first, last = segment.skip - place, segment.skip + segment.count - place
+        first, last = skip - place, skip + count - place
         place += length
         return slice(max(first, 0), max(min(last, length), 0))
 

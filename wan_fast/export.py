@@ -25,7 +25,7 @@ from wan_fast import manifest, schemes
 from wan_fast.checkpoint import Checkpoint, Part, check, locate, open_checkpoint, read_tensors, tasks_of
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.memory import GIB
-from wan_fast.parsing import option
+from wan_fast.parsing import flag_of, option
 from wan_fast.planning import plan
 from wan_fast.schemes import Form
 from wan_fast.tasks import TASKS
@@ -182,6 +182,11 @@ def _task(opened: Checkpoint, recipe: Recipe) -> str:
     task = recipe.task or next(iter(fits), None)
     if task is None:
         raise WanFastError(f"the checkpoint {str(opened.path)!r} fits no task of this version; see wan-fast inspect")
+    if (own := TASKS[task].own_file) is not None and own[0] == "dit":
+        raise WanFastError(
+            f"--task {task}: its DiT is the file of {flag_of(EngineConfig, own[0], -1)}, not the checkpoint's; give run that "
+            "file and --precision, which quantises as it loads"
+        )
     check(opened, TASKS[task])
     return task
 

@@ -1,4 +1,4 @@
-"""Command-line flags: one per field of the dataclasses in config.py, and the official ones that have no field yet."""
+"""Command-line flags: one per field of the dataclasses in config.py, and the official ones that are for another program."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from wan_fast.config import WanFastError
 T = TypeVar("T")
 
 # official flags that drive another program: whether they take a value
-_SPEECH: dict[str, bool] = {
+_TTS: dict[str, bool] = {
     "--enable_tts": False,
     **dict.fromkeys(("--tts_prompt_audio", "--tts_prompt_text", "--tts_text"), True),
 }
@@ -78,16 +78,16 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=34, width=120)
 
 
-def add_speech(parser: argparse.ArgumentParser) -> None:
-    """Accept the flags of `_SPEECH`; `refuse_speech` says which of them were given."""
-    for flag, takes_value in _SPEECH.items():
+def add_tts(parser: argparse.ArgumentParser) -> None:
+    """Accept the flags of `_TTS`; `refuse_tts` says which of them were given."""
+    for flag, takes_value in _TTS.items():
         settings: dict[str, Any] = {} if takes_value else {"nargs": 0, "const": ""}
-        parser.add_argument(flag, action=_Collect, dest="speech", help=argparse.SUPPRESS, default=[], **settings)
+        parser.add_argument(flag, action=_Collect, dest="tts", help=argparse.SUPPRESS, default=[], **settings)
 
 
-def refuse_speech(parsed: argparse.Namespace) -> None:
+def refuse_tts(parsed: argparse.Namespace) -> None:
     """Raise if speech is to be made of text."""
-    for flag, value in parsed.speech:
+    for flag, value in parsed.tts:
         raise WanFastError(
             f"{flag} {value}".strip() + " needs CosyVoice (github.com/FunAudioLLM/CosyVoice) with its model CosyVoice2-0.5B, "
             "which this version does not run; install it, make the speech there, and give its file as --audio"

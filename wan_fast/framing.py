@@ -13,9 +13,9 @@ from pathlib import Path
 
 from wan_fast.config import Request, WanFastError
 from wan_fast.manifest.speech import MOTION_FRAMES
-from wan_fast.media import Footage, examine, has_sound, image_size
+from wan_fast.media import Footage, examine, image_size
 from wan_fast.resolving import Resolved
-from wan_fast.sound import features, frames_at_30, num_clips, read_sound
+from wan_fast.sound import examine_sound, features, frames_at_30, has_sound, num_clips, read_sound
 from wan_fast.tasks import TaskSpec
 
 Size = tuple[int, int]
@@ -49,7 +49,7 @@ class Framing:
     one per frame of the video. note: what whoever asked should know. latent_frames: that a clip denoises, `leading` not among
     them; None: as many as the video's frames come to. segments: the clips of a chain. history: frames at the end of what is
     there that the next clip is given. fps: frames per second where footage says it. sound: a file whose sound the video has.
-    samples: of it at 16 kHz, where the model hears it.
+    samples: of it at 16 kHz, where the model hears it. shown: frames that the file has, where it ends with its sound.
     """
 
     size: Size
@@ -64,11 +64,17 @@ class Framing:
     fps: float | None = None
     sound: Path | None = None
     samples: int = 0
+    shown: int | None = None
 
     @property
     def clips(self) -> tuple[Segment, ...]:
         """The clips, of which a video that is no chain has one."""
         return self.segments or (Segment(index=0, start=0, offset=0, skip=0, count=self.num_frames),)
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames that are denoised at a time, for which others of a chain stand as well."""
+        return 4 * self.latent_frames if self.latent_frames else self.num_frames
 
     @property
     def decoded(self) -> int:
@@ -195,6 +201,13 @@ def by_speech(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
     notes += _notes_on_picture(request.size, picture, size)
     if count < needed:
         notes.append(f"--num_clip {count} is {num_frames / spec.fps:.2f} of the {sound.seconds:.2f} seconds of --audio")
+    lacks = round(sound.seconds * spec.fps - num_frames, 6)
+    if lacks > 0 and count == needed:
+        longer = 4 * ceil((num_frames + lacks + dropped) / count / 4)
+        notes.append(
+            f"--audio lasts {sound.seconds:.2f} seconds, and the file ends after {num_frames / spec.fps:.2f}, as officially: "
+            f"the first clip has {dropped} frames less; --infer_frames {longer} has room for all"
+        )
     enough = 4 * ceil((sound.seconds * spec.fps + dropped) / 4)
     if enough < length:
         notes.append(
@@ -212,6 +225,7 @@ def by_speech(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
         fps=spec.fps,
         sound=sound.path,
         samples=len(sound.samples),
+        shown=min(num_frames, ceil(round(sound.seconds * spec.fps, 6))),
     )
 
 
@@ -469,11 +483,10 @@ def _driving(request: Resolved) -> dict[str, Footage]:
 def _sound_of(request: Resolved, folder: Path) -> Path | None:
     """The file that is given for its sound, else the first of the folder's videos that has any."""
     if request.audio is not None:
-        if not has_sound(Path(request.audio), "--audio"):
-            raise WanFastError(f"--audio {str(request.audio)!r} holds no sound; give a sound file, or a video with sound")
-        return Path(request.audio)
+        return examine_sound(Path(request.audio), "--audio").path
     files = (folder / name for name in (POSE, FACE, BACKGROUND))
-    return next((file for file in files if file.is_file() and has_sound(file, "--src_root_path")), None)
+    sounding = next((file for file in files if file.is_file() and has_sound(file)), None)
+    return None if sounding is None else examine_sound(sounding, "--src_root_path").path
 
 
 def _check_mask(video: Footage, mask: Footage) -> None:

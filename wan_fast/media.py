@@ -230,21 +230,6 @@ def read_frames(footage: Footage, indices: Iterable[int]) -> Iterator[Tensor]:
         raise WanFastError(f"video {str(footage.path)!r} has changed since it was examined: it {error}") from error
 
 
-def has_sound(path: Path, flag: str) -> bool:
-    """Whether a file has sound, all of which is decoded.
-
-    Raises:
-        WanFastError: it is damaged, or no media file.
-    """
-    import av
-
-    try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            return bool(container.streams.audio) and sum(frame.samples for frame in container.decode(audio=0)) > 0
-    except av.FFmpegError as error:
-        raise WanFastError(f"{flag} {str(path)!r} has no whole sound ({error.strerror}); encode it again") from error
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[VideoStream]:
     """The video of a file; what fails while it is open is told in a sentence that lacks its subject."""

@@ -91,6 +91,8 @@ def memory_plan(
         + _kept_bytes(models.experts, latent_shape, size, steps)
         + _inputs_bytes(config.spec, models.experts, latent_shape, tokens, size, {step.expert for step in steps}),
     }
+    every = [extension for dims in models.experts.values() for extension in dims.extensions]
+    working["denoise"] = max(working["denoise"], *(extension.prepare_bytes(size) for extension in every), 0)
     if models.image is not None:
         at_work["image"], working["image"] = ["image encoder"], _image_bytes(models.image, image_size)
     if models.audio is not None:
@@ -99,15 +101,16 @@ def memory_plan(
         at_work["encode"] = ["VAE"]
         frames = 4 if any(latent_frames > 1 for latent_frames, _ in encoded) else 1
         working["encode"] = _encode_bytes(models.vae, latent_shape, vae_size, fused, frames)
-    history = 4 * 3 * prod(request.size) * framing.history  # what the next clip is given
+    # what the next clip is given; when it is encoded or made again, what it was is there too
+    history = 4 * 3 * prod(request.size) * framing.history
     for stage in {"denoise", "encode"} & {*working}:
-        working[stage] += history
+        working[stage] += history * (1 + (stage == "encode"))
     asked = config.offload_model if device.type != "cpu" and not config.cuda_graphs else False
     whole = [(*decode, 1) for decode in DECODES[device.type]]
     tiled = [(*DECODES[device.type][-1], tiles) for tiles in TILES if tiles <= max(latent_shape[2:])]
     placings = (False, True) if asked is None else (asked,)
     for offload, (chunk, piece, tiles) in (*product(placings, whole), *product(placings, tiled)):
-        working["decode"] = _decode_bytes(models.vae, clip_shape, chunk, piece, tiles, vae_size, fused) + history
+        working["decode"] = _decode_bytes(models.vae, clip_shape, chunk, piece, tiles, vae_size, fused) + 3 * history
         if tiles > 1 and device.type == "cpu":  # where the clip waits for its last strip
             working["decode"] += 3 * vae_size * prod(request.size) * request.num_frames
         # with offload one model at a time is on the device: of two experts the larger counts
@@ -176,13 +179,16 @@ def _short(config: EngineConfig, vae: manifest.VaeDims, device: Device, latent_s
 
 def _advice(config: EngineConfig, device: Device, dtype: str, stage: str) -> str:
     """Ways out of a plan that does not fit, those that help the stage at fault."""
-    ways = [] if stage == "text" else ["take a smaller --size or --frame_num"]
+    spec = config.spec
+    # what says how large and how long a clip is
+    able = {"speech": "--size or --infer_frames", "animate": "--frame_num"}.get(spec.kind, "--size or --frame_num")
+    ways = {"text": [], "audio": ["shorten --audio"]}.get(stage, [f"take a smaller {able}"])
     held = ["--offload_model False"] * (config.offload_model is False) + ["--cuda-graphs"] * bool(config.cuda_graphs)
     if device.type != "cpu" and held:
         ways.append(f"leave out {' and '.join(held)}")
     if device.type != "cpu" and not config.t5_cpu and (stage == "text" or config.offload_model is False):
         ways.append("add --t5_cpu")
-    if dtype == "fp32" and stage != "decode":
+    if dtype == "fp32" and stage not in ("decode", "audio"):
         ways.append("add --dtype bf16")
     return ", ".join([*ways, "raise --vram" if config.vram else "free memory"])
 
@@ -329,6 +335,7 @@ def _inputs_bytes(
             channels += tokens * prod(PATCH) * dims.in_dim * size + 4 * prod(latent_shape[1:]) * dims.condition_dim
         vace = bool(dims.vace_layers) * (tokens * dims.dim * (4 + 2 * size) + 4 * prod(latent_shape[1:]) * dims.vace_dim)
         extension = bool(dims.extensions) * (tokens * dims.dim * 4 + all_tokens * dims.head_dim * 4)
+        extension += sum(each.kept_bytes(dims.dim, latent_shape, size) for each in dims.extensions)
         # of either branch
         total += image + channels + vace + extension + 2 * (all_tokens - tokens) * dims.dim * 4
     return total
@@ -340,13 +347,11 @@ def _image_bytes(dims: manifest.ClipDims, size: int) -> int:
 
 
 def _audio_bytes(dims: manifest.AudioDims, samples: int) -> int:
-    """Peak working bytes of hearing: the widest of the convolutions over samples, or all states and a layer's scores."""
+    """Peak working bytes of hearing: the widest of the convolutions over samples, or all states and a layer's feed-forward; no
+    scores, as PyTorch's attention holds none."""
     frames = samples // prod(STRIDES)
     states = 4 * frames * dims.dim * 2 * (dims.num_layers + 1)
-    return max(
-        4 * 4 * samples // STRIDES[0] * dims.conv_dims[0],
-        states + 4 * frames * (3 * dims.num_heads * frames + 2 * dims.ffn_dim),
-    )
+    return max(4 * 4 * samples // STRIDES[0] * dims.conv_dims[0], states + 4 * frames * (2 * dims.ffn_dim + 4 * dims.dim))
 
 
 def _encode_bytes(dims: manifest.VaeDims, latent_shape: tuple[int, ...], size: int, fused: bool, frames: int) -> int:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import field, fields
+from functools import cache
 from os.path import exists, expanduser
+from pathlib import Path
 from typing import Any
 
 from wan_fast.errors import WanFastError
@@ -19,6 +22,11 @@ NAMED_SIZES = {"480p": (832, 480), "720p": (1280, 720)}
 def option(default: Any, help: str, *flags: str, parse: Callable[[str], Any] | None = None, unit: str = "") -> Any:
     metadata = {"help": help, "flags": flags, "parse": parse, "unit": unit}
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+def flag_of(cls: type, name: str, which: int = 0) -> str:
+    """What a field is called on the command line; where it goes by several names, which of them."""
+    return next(each.metadata["flags"][which] for each in fields(cls) if each.name == name)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -99,6 +107,29 @@ def parse_bool(text: str) -> bool:
 
 def pair(scale: float | tuple[float, float]) -> tuple[float, float]:
     return (float(scale), float(scale)) if isinstance(scale, (int, float)) else (float(scale[0]), float(scale[1]))
+
+
+def check_types(options: Any) -> None:
+    """Raise unless numbers, texts and truth values are that; a whole number serves as any number, a path as text."""
+    for name, kinds in _kinds(type(options)).items():  # type: ignore[arg-type]
+        value = getattr(options, name)
+        fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+        if kinds and value is not None and not fits:
+            what = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[kinds[0]]
+            raise WanFastError(f"{name} must be {what}, got {value!r}; see {flag_of(type(options), name)} in --help")
+
+
+@cache
+def _kinds(cls: type) -> dict[str, tuple[type, ...]]:
+    """The types that a field's values may be of, that of its hint first; of fields that are checked otherwise none."""
+    also: dict[type, tuple[type, ...]] = {bool: (), int: (), float: (int,), str: (Path,)}
+    hints = typing.get_type_hints(cls)
+    found = {}
+    for name in (each.name for each in fields(cls)):
+        members = [member for member in typing.get_args(hints[name]) or (hints[name],) if member is not type(None)]
+        only = members[0] if len(members) == 1 else None
+        found[name] = (only, *also[only]) if only in also else ()
+    return found
 
 
 def check_choice(options: Any, name: str, *allowed: str | None) -> None:

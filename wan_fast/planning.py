@@ -61,13 +61,13 @@ class Plan:
 
     @property
     def forwards(self) -> int:
-        """Passes through the block stack."""
-        return sum(step.forwards for step in self.steps)
+        """Passes through the block stack, of all clips."""
+        return len(self.framing.clips) * sum(step.forwards for step in self.steps)
 
     @property
     def forwards_uncached(self) -> int:
         """The same, were none left out."""
-        return sum(step.passes for step in self.steps)
+        return len(self.framing.clips) * sum(step.passes for step in self.steps)
 
     @property
     def seconds_at_least(self) -> float | None:
@@ -164,7 +164,9 @@ def plan(config: EngineConfig, request: Request, setup: Setup | None = None, *, 
         _check_noise(Path(todo.noise), latent_shape, framing)
     models = Models.of(spec, opened)
     tokens = tokens_by_clip(next(iter(models.experts.values())), framing, latent_shape, todo)
-    steps, step_cache, said = schedule(config, todo, opened, next(iter(models.experts.values())), setup.preset)
+    steps, step_cache, said = schedule(
+        config, replace(todo, num_frames=framing.clip_frames), opened, next(iter(models.experts.values())), setup.preset
+    )
     warnings += said
     targets = {target for files in setup.loras.values() for file in files if file.lora.strength for target in file.updates}
     if step_cache.startswith("teacache") and any(target.startswith("time_") for target in targets):

@@ -9,7 +9,7 @@ from typing import Any
 from wan_fast.config import INPUTS, SPECIFIC, Request
 from wan_fast.errors import WanFastError
 from wan_fast.few_steps import OFF, PRESETS, SIGMA_MAX, parse_preset
-from wan_fast.parsing import pair
+from wan_fast.parsing import flag_of, pair
 from wan_fast.tasks import TASKS, TaskSpec
 
 
@@ -52,15 +52,17 @@ def resolve(spec: TaskSpec, request: Request, defaults: Request | None = None) -
     for name in SPECIFIC:
         if (value := getattr(request, name)) not in (None, False) and name not in spec.takes:
             fit = " ".join(other.name for other in TASKS.values() if name in other.takes)
-            raise WanFastError(f"task {spec.name} takes no {_flag(Request, name)} (given {value}); tasks that do: {fit}")
+            raise WanFastError(f"task {spec.name} takes no {flag_of(Request, name)} (given {value}); tasks that do: {fit}")
     for name in INPUTS:
         if not request.given(name) and name in spec.needs:
-            raise WanFastError(f"task {spec.name} needs --{name}, got none; add --{name} FILE")
+            what = "FOLDER" if name == "src_root_path" else "FILE"
+            raise WanFastError(f"task {spec.name} needs --{name}, got none; add --{name} {what}")
     if request.context_scale != 1 and not spec.vace_layers:
         raise WanFastError(f"--context_scale is of the vace tasks, --task is {spec.name}; leave it out")
     prompt = request.prompt if request.prompt is not None else spec.prompt
     if not (prompt or "").strip():
-        raise WanFastError(f'task {spec.name} needs a prompt, got none; add --prompt "..."')
+        way = ", or leave it out" * (spec.prompt is not None)
+        raise WanFastError(f'task {spec.name} needs a prompt, got none; add --prompt "..."{way}')
 
     def chosen(name: str, last: Any) -> Any:
         values = (getattr(request, name), defaults and getattr(defaults, name), last)
@@ -149,11 +151,6 @@ def of_preset(spec: TaskSpec, request: Request, asked: str) -> dict[str, Any]:
         "solver": preset.solver,
         "guidance_scale": (1.0, 1.0),
     }
-
-
-def _flag(cls: type, name: str) -> str:
-    """What a field is called on the command line."""
-    return next(field.metadata["flags"][0] for field in fields(cls) if field.name == name)
 
 
 def with_seed(request: Request) -> Request:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from wan_fast import manifest, processes
 from wan_fast.backends import KernelChoice, kernel_plan, settle_forms
-from wan_fast.checkpoint import RELIGHTING, Checkpoint
+from wan_fast.checkpoint import RELIGHTING, Checkpoint, locate
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, WanFastError
 from wan_fast.device import Device, describe
 from wan_fast.lora import Lora
@@ -34,13 +34,13 @@ class Models:
             dims = manifest.DiTDims.of_task(spec)
             text = manifest.text_shapes(256384, 4096, 4096, 10240, 64, 24)
             vae, image = manifest.VaeDims.of_spec(spec.vae_spec), manifest.CLIP if spec.image_tokens else None
-            audio = manifest.AUDIO if spec.kind == "speech" else None
+            audio = manifest.AUDIO if spec.audio_encoder else None
             return cls(experts=dict.fromkeys(spec.experts, dims), text=text, vae=vae, image=image, audio=audio)
         assert opened.text_encoder and opened.vae  # checked
         experts = {name: manifest.DiTDims.of_shapes(part.shapes, part.config) for name, part in opened.experts.items()}
         vae, clip = manifest.VaeDims.of_shapes(opened.vae.shapes), opened.image_encoder if spec.image_tokens else None
         image = manifest.ClipDims.of_shapes(clip.shapes) if clip else None
-        heard = opened.audio_encoder if spec.kind == "speech" else None
+        heard = opened.audio_encoder if spec.audio_encoder else None
         audio = manifest.AudioDims.of_config(heard.config) if heard else None
         return cls(experts=experts, text=opened.text_encoder.shapes, vae=vae, image=image, audio=audio)
 
@@ -129,10 +129,12 @@ def _relighting(config: EngineConfig, opened: Checkpoint | None) -> tuple[Lora, 
     """The LoRA that comes with Animate, where it is asked for."""
     if not config.use_relighting_lora or opened is None:
         return ()
-    file = opened.path / RELIGHTING
+    # which may be another than that of the DiT
+    folder = locate(config.checkpoint, config.spec, download=False) or opened.path
+    file = folder / RELIGHTING
     if not file.is_file():
         raise WanFastError(
-            f"--use_relighting_lora: checkpoint {str(opened.path)!r} has no {RELIGHTING}; download the whole repository, or "
+            f"--use_relighting_lora: checkpoint {str(folder)!r} has no {RELIGHTING}; download the whole repository, or "
             "leave it out"
         )
-    return (Lora(str(file)),)
+    return (Lora(str(file), flag="--use_relighting_lora"),)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 from wan_fast.checkpoint import Checkpoint, Part, check, locate, open_checkpoint, open_part, tokenizer_of
 from wan_fast.config import EngineConfig, WanFastError
 from wan_fast.headers import TensorInfo, read_header
 from wan_fast.manifest.pose import POSE_TENSORS
+from wan_fast.parsing import flag_of
 
 _ENCODERS = {"vae": "VAE", "text_encoder": "text encoder", "image_encoder": "image encoder"}
 
@@ -19,7 +20,7 @@ def needs_folder(config: EngineConfig) -> bool:
     spec = config.spec
     parts = {*spec.experts, "vae", "text_encoder", *(["image_encoder"] if spec.image_tokens else [])}
     # no flag gives the audio encoder by itself
-    return config.checkpoint is not None or not parts <= set(config.parts) or spec.kind == "speech"
+    return config.checkpoint is not None or not parts <= set(config.parts) or spec.audio_encoder
 
 
 def located(config: EngineConfig) -> EngineConfig:
@@ -38,7 +39,7 @@ def to_be_given(config: EngineConfig) -> str:
     if config.spec.own_file is None or getattr(config, config.spec.own_file[0]) is not None:
         return ""
     name, repository = config.spec.own_file
-    flag = next(field.metadata["flags"][-1] for field in fields(EngineConfig) if field.name == name)
+    flag = flag_of(EngineConfig, name, -1)
     return f"task {config.task} needs {flag}, got none; add {flag} FILE, which is in {repository} on the hub"
 
 

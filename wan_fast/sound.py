@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -69,7 +69,30 @@ def num_clips(num_frames: int, clip_frames: int, fps: int = 16) -> int:
 
 
 def read_sound(path: Path, flag: str) -> Sound:
-    """The first sound of a file, whatever its container, codec, rate and channels.
+    """The first sound of a file, to be heard by the audio encoder.
+
+    Raises:
+        WanFastError: as `examine_sound`, and for silence, or too little.
+    """
+    sound = examine_sound(path, flag)
+    try:
+        _check(sound.samples, sound.seconds)
+    except WanFastError as error:
+        raise WanFastError(f"{flag} {str(path)!r} {error}") from error
+    return sound
+
+
+def has_sound(path: Path) -> bool:
+    """Whether there is sound in a file that can be opened."""
+    import av
+
+    with suppress(av.FFmpegError), av.open(str(path), metadata_errors="replace") as container:
+        return bool(container.streams.audio)
+    return False
+
+
+def examine_sound(path: Path, flag: str) -> Sound:
+    """The first sound of a file, whatever its container, codec, rate and channels, decoded to its end.
 
     Samples count from the first on, wherever a video starts its sound. At 16 kHz they are taken as they are; else there are
     ceil(n * 16000 / rate), as librosa has it.
@@ -78,7 +101,7 @@ def read_sound(path: Path, flag: str) -> Sound:
         flag: the option that gave the path, named in errors.
 
     Raises:
-        WanFastError: the file holds no sound, only part of it, silence, or too little.
+        WanFastError: the file holds no sound, or only part of it, or values that are no numbers.
     """
     path = Path(path)
     try:
@@ -123,7 +146,6 @@ def _read(path: Path, mtime_ns: int, num_bytes: int) -> Sound:
     take(None)
     wanted = -(-length * RATE // rate)
     samples = np.concatenate(chunks)[:wanted]
-    _check(samples, length / rate)
     samples.setflags(write=False)
     return Sound(path, samples, length / rate)
 

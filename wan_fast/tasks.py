@@ -160,6 +160,7 @@ class TaskSpec:
     image_only: bool = False
     seed_per_clip: bool = False
     image_tokens: int = 0
+    audio_encoder: bool = False
     vace_layers: tuple[int, ...] = ()
     extension: str = ""
     own_file: tuple[str, str] | None = None
@@ -315,6 +316,7 @@ TASKS: dict[str, TaskSpec] = {
             "Wan2.2-S2V-14B",
             diffusers=None,
             kind="speech",
+            audio_encoder=True,
             seed_per_clip=True,
             model_type="s2v",
             in_dim=16,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from fractions import Fraction
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -97,8 +97,8 @@ def writing(path: Path, fps: float, sound: Path | None = None) -> Iterator[Calla
     """Write a clip that comes in chunks, while the next one is made.
 
     Args:
-        sound: a file whose sound goes into an MP4 (AAC) or a WebM (Opus), from its start on. The clip ends with the shorter of
-            both, as officially: with the last frame, or with the frame in which the sound ends. GIFs and pictures have none.
+        sound: a file whose sound goes into an MP4 (AAC) or a WebM (Opus), from its start on and up to the last frame. GIFs and
+            pictures have none.
 
     Yields a function that takes frames [f, H, W, 3] uint8 on the CPU, not to be changed afterwards. It returns at once, unless
     two chunks are still to be written; what fails in writing is raised by the next call, or at the end.
@@ -164,13 +164,13 @@ def _video(path: Path, fps: float, sound: Path | None) -> Generator[None, Tensor
         # the quality the official writer asks for
         stream.options = {"crf": "10"} if codec == "libx264" else {"crf": "20", "b:v": "0"}
         voice: AudioStream | None = None
-        pieces: Iterator[AudioFrame | None] = repeat(None)
+        pieces: Iterator[AudioFrame] = iter(())
         if sound is not None:
             rates = av.Codec(sound_codec, "w").audio_rates or ()
             voice, pieces = _voice(container, sound_codec, sounds.pieces(sound, fps, rates))
         while frames is not None:
-            for frame, piece in zip(frames, pieces, strict=False):  # the shorter ends the file
-                if voice is not None:
+            for frame in frames:
+                if voice is not None and (piece := next(pieces, None)) is not None:
                     container.mux(voice.encode(piece))
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
             frames = yield

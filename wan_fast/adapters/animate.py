@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan_fast.adapters.protocol import AfterBlock
-from wan_fast.attention import Attention, Projected
+from wan_fast.attention import Attention, Projected, sdpa
 from wan_fast.blocks import Context, Given, Grid, KeysValues, RMSNorm, fuse
 from wan_fast.inputs import Inputs
 from wan_fast.kernels import patchify
@@ -24,8 +24,6 @@ from wan_fast.manifest.animate import FaceDims
 from wan_fast.quantize import modulated
 from wan_fast.tasks import PATCH
 
-# frames whose motion is encoded at a time, as officially; a layer of them takes 134 MB in bf16
-AT_ONCE = 8
 EPS = 1e-6
 
 
@@ -136,7 +134,7 @@ class FaceEncoder(nn.Module):
         x = self.conv1_local(motion[None])[0].unflatten(-1, (self.heads, -1)).transpose(0, 1)
         x = self.conv3(_activated(self.conv2(_activated(x))))
         tokens = self.out_proj(_activated(x).to(self.out_proj.weight.dtype)).transpose(0, 1)
-        return torch.cat([tokens, self.padding_tokens[0].expand(len(tokens), -1, -1)], dim=1)
+        return torch.cat([tokens, self.padding_tokens[0].expand(tokens.shape[0], -1, -1)], dim=1)
 
 
 def _activated(x: Tensor) -> Tensor:
@@ -165,16 +163,16 @@ class FuserBlock(nn.Module):
         """x [B, L, D] fp32, L tokens of T latent frames -> what is to be added to it, in the compute dtype."""
         ((k, v),) = keys_values
         q = self._heads(self.linear1_q(_normed(x, self.linear1_q)), self.q_norm)
-        of_frames = q.view(len(k), -1, *k.shape[2:])
+        of_frames = q.view(k.shape[0], -1, *k.shape[2:])
         return self.linear2(self.attention(of_frames, k, v).reshape(x.shape))
 
     def _heads(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """[B, L, D] -> [B, L, N, K], normed."""
-        return norm(x.contiguous().view(len(x), -1, self.head_dim)).view(*x.shape[:2], -1, self.head_dim)
+        return norm(x.contiguous().view(x.shape[0], -1, self.head_dim)).view(*x.shape[:2], -1, self.head_dim)
 
 
 def _normed(x: Tensor, linear: nn.Linear) -> Tensor:
-    none = x.new_zeros(1, 1, x.shape[-1], dtype=torch.float32).expand(len(x), -1, -1)
+    none = x.new_zeros(1, 1, x.shape[-1], dtype=torch.float32).expand(x.shape[0], -1, -1)
     y = modulated(x, none, none, linear.weight.dtype, eps=EPS)
     assert isinstance(y, Tensor)
     return y
@@ -187,8 +185,7 @@ class FaceAdapter:
 
     Args:
         dims: sizes of the model.
-        attention: exact.
-        in_8_bits: not used.
+        attention, in_8_bits: of the model's own blocks; not used.
     """
 
     takes = frozenset({"pose", "face"})
@@ -200,7 +197,8 @@ class FaceAdapter:
         self.place = {layer: n for n, layer in enumerate(face.layers)}
         self.pose_embedding = nn.Conv3d(face.pose_dim, dims.dim, PATCH, stride=PATCH)
         self.motion_encoder, self.face_encoder = MotionEncoder(face), FaceEncoder(face, dims.dim)
-        self.blocks = nn.ModuleList(FuserBlock(dims.dim, face.head_dim, attention) for _ in face.layers)
+        # not every backend takes as few keys as these
+        self.blocks = nn.ModuleList(FuserBlock(dims.dim, face.head_dim, sdpa) for _ in face.layers)
         self.modules: dict[str, nn.Module] = {
             "pose_patch_embedding": self.pose_embedding,
             "motion_encoder": self.motion_encoder,
@@ -215,7 +213,8 @@ class FaceAdapter:
         if like is not None and like.inputs.face is inputs.face:
             return Given(added=added, keys_values=like.given.keys_values)
         tokens = self.tokens(inputs.face)
-        seen = F.pad(tokens, (0, 0, 0, 0, grid[0] - len(tokens), 0)).repeat(len(text), 1, 1)  # [B T, heads + 1, D]
+        before = grid[0] - tokens.shape[0]
+        seen = F.pad(tokens, (0, 0, 0, 0, before, 0)).repeat(text.shape[0], 1, 1)  # [B T, heads + 1, D]
         blocks: list[FuserBlock] = list(self.blocks)  # type: ignore[arg-type]
         return Given(added=added, keys_values=tuple(block.project(seen) for block in blocks))
 
@@ -229,7 +228,7 @@ class FaceAdapter:
         """Frames of a face [3, F, h, w] in [-1, 1], on any device -> its tokens [T, heads + 1, D] in the compute dtype."""
         still = face.stride(1) == 0  # one frame, repeated
         frames = face.transpose(0, 1)[: 1 if still else None]
-        motion = torch.cat([self.motion_encoder(self._sized(some)) for some in frames.split(AT_ONCE)])
+        motion = torch.cat([self.motion_encoder(self._sized(some)) for some in frames.split(FaceDims.AT_ONCE)])
         return self.face_encoder(motion.expand(face.shape[1], -1) if still else motion)
 
     def _sized(self, frames: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wan_fast.adapters.protocol import AfterBlock
-from wan_fast.attention import Attention, Projected
+from wan_fast.attention import Attention, Projected, sdpa
 from wan_fast.blocks import Context, CrossAttention, Given, Grid, KeysValues
 from wan_fast.inputs import Inputs
 from wan_fast.kernels import patchify
@@ -132,8 +132,7 @@ class SpeechAdapter:
 
     Args:
         dims: sizes of the model.
-        attention: exact.
-        in_8_bits: of the model's own blocks; none here.
+        attention, in_8_bits: of the model's own blocks; not used.
     """
 
     takes = frozenset({"reference", "motion", "pose", "audio"})
@@ -143,7 +142,8 @@ class SpeechAdapter:
         self.sizes, self.place = dims.speech, {layer: n for n, layer in enumerate(dims.speech.layers)}
         self.layers = frozenset(self.place)
         self.sound = SoundEncoder(dims.speech, dims.dim)
-        self.injector = Injector(dims, attention, len(self.place))
+        # not every backend takes as few keys as these
+        self.injector = Injector(dims, sdpa, len(self.place))
         self.cond_encoder = nn.Conv3d(dims.speech.cond_dim, dims.dim, PATCH, stride=PATCH)
         self.packer = FramePacker(dims.speech, dims.dim)
         # of the clip's own tokens, of the picture's and of those of the frames before
@@ -169,7 +169,7 @@ class SpeechAdapter:
             pose = F.linear(patchify(inputs.pose[None], dtype=weight.dtype), weight.flatten(1), bias)
         motion = None
         if inputs.motion is not None:
-            motion = (self.packer(inputs.motion) + before).expand(len(text), -1, -1)
+            motion = (self.packer(inputs.motion) + before).expand(text.shape[0], -1, -1)
         return replace(
             heard,
             added=pose.float() + own,
@@ -190,7 +190,7 @@ class SpeechAdapter:
         """Per injector keys and values [B T, S, N, K], and shift and scale [B T, 2, D]."""
         assert audio is not None
         tokens, whole = self.sound(audio)
-        tokens, whole = tokens.to(text.dtype).repeat(len(text), 1, 1), whole.repeat(len(text), 1)
+        tokens, whole = tokens.to(text.dtype).repeat(text.shape[0], 1, 1), whole.repeat(text.shape[0], 1)
         keys_values: tuple[KeysValues, ...] = tuple((block.project(tokens),) for block in self.injector.injector)  # type: ignore[operator]
         return Given(
             tensors=tuple(modulation(whole) for modulation in self.injector.injector_adain_layers), keys_values=keys_values
@@ -203,9 +203,9 @@ class SpeechAdapter:
         def inject(layer: int, x: Tensor) -> None:
             n = self.place[layer]
             block, (shift, scale) = self.injector.injector[n], given.tensors[n][:, :, None].unbind(1)
-            frames = x[:, :own].reshape(len(shift), -1, x.shape[-1])
+            frames = x[:, :own].reshape(shift.shape[0], -1, x.shape[-1])
             y = modulated(frames, shift, scale, takes(block.q), eps=INJECTION_EPS)
-            x[:, :own].add_(block(y, given.keys_values[n]).view(len(x), own, -1))
+            x[:, :own].add_(block(y, given.keys_values[n]).view(x.shape[0], own, -1))
 
         return inject
 
@@ -219,5 +219,5 @@ def places_beside(grid: Grid, motion: bool) -> Tensor:
     for patch, times in parts:
         coarse = [side * fine // size for side, fine, size in zip(sides, PATCH[1:], patch[1:], strict=True)]
         spread = [np.linspace(0, side - 1, count).astype(int) for side, count in zip(sides, coarse, strict=True)]
-        places.append(torch.cartesian_prod(torch.tensor(times), *map(torch.from_numpy, spread)))
+        places.append(torch.cartesian_prod(torch.tensor(times, device="cpu"), *map(torch.from_numpy, spread)))
     return torch.cat(places)

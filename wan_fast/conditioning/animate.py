@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +21,9 @@ from wan_fast.conditioning.prepared import Clips, Conditioning, Encoders, texts_
 from wan_fast.framing import BACKGROUND, FACE, MASK, PERSON, POSE, Framing, Segment, Size, boxed_size, folder_of, reflected
 from wan_fast.inputs import Inputs
 from wan_fast.media import examine, read_frames, read_image
+
+if TYPE_CHECKING:
+    from PIL import Image
 from wan_fast.resolving import Resolved
 
 

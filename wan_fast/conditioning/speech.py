@@ -29,8 +29,8 @@ def prepare_speech(request: Resolved, framing: Framing, encoders: Encoders) -> C
     text, T = encoders.encode_text(texts_of(request)), framing.latent_frames
     length = 4 * T
     hidden = encoders.encode_audio(torch.tensor(read_sound(Path(request.audio), "--audio").samples))
-    audio = bucketed(to_30_hz(hidden), length)
-    silence = torch.zeros_like(audio[..., :length])
+    # of all clips, on the host
+    audio = bucketed(to_30_hz(hidden.cpu()), length)
     picture = middle_of_picture(Path(request.image), framing.size)
     reference = encoders.encode_video([picture], 1)
     # grey, where there are none yet
@@ -46,12 +46,13 @@ def prepare_speech(request: Resolved, framing: Framing, encoders: Encoders) -> C
         pose = None
         if request.pose_video is not None:
             pose = encoders.encode_video(_poses(request.pose_video, framing, segment, length), length + 1)[:, 1:].contiguous()
-        inputs = Inputs(reference=reference, motion=motion, pose=pose, audio=audio[..., segment.start : segment.start + length])
+        heard = audio[..., segment.start : segment.start + length].to(reference.device)
+        inputs = Inputs(reference=reference, motion=motion, pose=pose, audio=heard)
         *_, H, W = reference.shape
         return Conditioning(
             text=text,
             inputs=inputs,
-            others={"unconditional": replace(inputs, audio=silence)},
+            others={"unconditional": replace(inputs, audio=torch.zeros_like(heard))},
             split=T * (H // PATCH[1]) * (W // PATCH[2]),
             zero_first=False,
             before=reference if motion is None else motion,

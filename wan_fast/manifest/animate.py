@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
+from typing import ClassVar
 
 from wan_fast.manifest.shapes import Shapes, linear
 from wan_fast.tasks import HEAD_DIM, PATCH, VAES
@@ -24,6 +25,9 @@ class FaceDims:
     face encoder, and heads: its groups, each of which makes a token of a latent frame; one more is learned. pose_dim: channels
     of the poses' latents. joint: keys and values are one projection, as in the native layout.
     """
+
+    # frames whose motion is encoded at a time, as officially; a layer of them takes 134 MB in bf16
+    AT_ONCE: ClassVar[int] = 8
 
     layers: tuple[int, ...] = tuple(range(0, 40, _EVERY))
     channels: tuple[int, ...] = (32, 64, 128, 256, 512, 512, 512, 512)
@@ -116,6 +120,15 @@ class FaceDims:
 
     def extra_tokens(self, latent_shape: Sequence[int], first: bool) -> int:
         return 0
+
+    def kept_bytes(self, dim: int, latent_shape: Sequence[int], size: int) -> int:
+        """Keys and values, and latents of poses; the frames of faces are on the host."""
+        poses = 4 * prod(self.inputs(latent_shape)["pose"])
+        return 2 * len(self.layers) * latent_shape[1] * self.tokens * dim * 2 * size + poses
+
+    def prepare_bytes(self, size: int) -> int:
+        """Activations of the motion encoder at its first level, and the frames."""
+        return self.AT_ONCE * self.size**2 * (7 * self.channels[0] * size + 3 * (4 + size))
 
     def flops(self, dim: int, tokens: int) -> float:
         """Queries, attention to the tokens of the face, and the projection of the result."""

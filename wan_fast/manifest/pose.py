@@ -57,6 +57,12 @@ class PoseDims:
     def flops(self, dim: int, tokens: int) -> float:
         return 0.0
 
+    def kept_bytes(self, dim: int, latent_shape: Sequence[int], size: int) -> int:
+        return 0
+
+    def prepare_bytes(self, size: int) -> int:
+        return 0
+
     def inputs_flops(self, dim: int, latent_shape: Sequence[int]) -> float:
         shapes, flops = self.shapes(dim), 0.0
         T, height, width = latent_shape[1], 8 * latent_shape[2], 8 * latent_shape[3]

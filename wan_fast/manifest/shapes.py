@@ -37,6 +37,14 @@ class Extension(Protocol):
         """Tokens that it puts behind the clip's own; `first`: there is nothing before the clip."""
         ...
 
+    def kept_bytes(self, dim: int, latent_shape: Sequence[int], size: int) -> int:
+        """Of what it makes of a clip's inputs once for both branches, beside tokens; `size`: bytes of the compute dtype."""
+        ...
+
+    def prepare_bytes(self, size: int) -> int:
+        """Of what it works in as it does so."""
+        ...
+
     def flops(self, dim: int, tokens: int) -> float:
         """Of one forward over the clip's own tokens, beyond that of the blocks."""
         ...

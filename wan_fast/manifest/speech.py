@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from wan_fast.manifest.shapes import Shapes, linear
 from wan_fast.tasks import PATCH
@@ -86,6 +87,14 @@ class SpeechDims:
         *_, H, W = latent_shape
         motion = sum(len(times) * (H // height) * (W // width) for _, (_, height, width), times in MOTION_PARTS)
         return (H // PATCH[1]) * (W // PATCH[2]) + (0 if first else motion)
+
+    def kept_bytes(self, dim: int, latent_shape: Sequence[int], size: int) -> int:
+        """Keys and values, shifts and scales, and the inputs."""
+        inputs = sum(4 * prod(shape) for shape in self.inputs(latent_shape).values())
+        return 2 * len(self.layers) * latent_shape[1] * dim * (2 * size * (self.audio_tokens + 1) + 2 * 4) + 2 * inputs
+
+    def prepare_bytes(self, size: int) -> int:
+        return 0
 
     def flops(self, dim: int, tokens: int) -> float:
         per_token = 2 * 2 * dim * dim + 4 * (self.audio_tokens + 1) * dim
