@@ -5,12 +5,15 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import av
 import numpy as np
 import pytest
 import torch
 from clips_of import noise, write_clip, write_folder, write_sound
 from models import CLIP, official_grid, random_dit, relative_error, small_dims, write_native
 from PIL import Image
+from sounds_of import tone
+from sounds_of import write_sound as write_samples
 from test_manifest import read as released
 from torch.nn import functional as F
 
@@ -322,7 +325,7 @@ def test_bf16_is_near_and_norms_stay_in_fp32(small):
 
 
 def planned(folder, **changes):
-    config = {name: changes.pop(name) for name in ("use_relighting_lora", "checkpoint") if name in changes}
+    config = {name: changes.pop(name) for name in ("use_relighting_lora", "checkpoint", "dit") if name in changes}
     request = Request(src_root_path=str(folder), seed=0, **changes)
     return plan(EngineConfig(task=TASK, device="cpu", vram=2**60, **config), request)
 
@@ -484,6 +487,12 @@ def test_the_folder_says_size_length_rate_and_sound(tmp_path):
     assert planned(tmp_path).framing.sound is None
 
 
+def cut_in_half(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    return file
+
+
 BAD = {
     "no folder": (lambda folder: {"src_root_path": str(folder / "none")}, "none' is not a folder; check the path"),
     "no poses": (lambda folder: (folder / "src_pose.mp4").unlink(), "has no src_pose.mp4; give the folder"),
@@ -533,6 +542,14 @@ BAD = {
     ),
     "silent": (lambda folder: {"audio": str(folder / "src_pose.mp4")}, "--audio .*src_pose.mp4' holds no sound; give"),
     "no sound file": (lambda folder: {"audio": str(folder / "src_ref.txt")}, "src_ref.txt' is no whole sound file"),
+    "not a number": (
+        lambda folder: {"audio": str(write_samples(folder / "nan.wav", np.full(800, np.nan), 16000, codec="pcm_f32le"))},
+        "--audio .*nan.wav' has a sample of nan after 0.00 seconds; write it again",
+    ),
+    "cut off": (
+        lambda folder: {"audio": str(cut_in_half(write_samples(folder / "cut.wav", tone(220, 16000, 1.0), 16000)))},
+        "--audio .*cut.wav' is cut off after 0.50 seconds; give all of it",
+    ),
     "refert_num": (lambda folder: {"refert_num": 77}, "--refert_num must be 1 or 5, got 77"),
     "image": (lambda folder: {"image": str(folder / "src_ref.png")}, "takes no --image"),
 }
@@ -618,6 +635,30 @@ def test_the_relighting_lora_is_the_checkpoints_own(native, tmp_path):
         assert torch.equal(engine.models["model"].state_dict()["blocks.1.ffn.0.weight"], state["blocks.1.ffn.0.weight"])
     finally:
         (native / "relighting_lora.ckpt").unlink()
+
+
+def test_the_relighting_lora_is_that_of_the_folder_beside_another_dit(native, tmp_path):
+    write_folder(tmp_path / "media", 5)
+    dit = tmp_path / "dit.safetensors"
+    dit.write_bytes((native / "diffusion_pytorch_model.safetensors").read_bytes())
+    relighting(native, native)
+    try:
+        options = {"checkpoint": str(native), "dit": str(dit), "use_relighting_lora": True}
+        assert len(planned(tmp_path / "media", num_frames=5, replace_flag=True, **options).loras) == 1
+    finally:
+        (native / "relighting_lora.ckpt").unlink()
+
+
+def test_a_short_sound_ends_before_the_video(native, tmp_path):
+    from wan_fast.cli import main
+
+    write_folder(tmp_path / "media", 5)
+    sound = write_samples(tmp_path / "short.wav", tone(220, 16000, 0.05), 16000)
+    words = ["--task", TASK, "--ckpt_dir", native, "--src_root_path", tmp_path / "media", "--audio", sound, "--frame_num", "5"]
+    words += ["--sample_steps", "1", "--device", "cpu", "--quiet", "--save_file", tmp_path / "x.mp4"]
+    assert main(["run", *map(str, words)]) == 0
+    with av.open(str(tmp_path / "x.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 5 and container.streams.audio
 
 
 def test_the_relighting_lora_is_of_this_task_alone():

@@ -24,6 +24,10 @@ def test_config_and_command_line_load_without_torch():
         (dict(task="ti2v-5b"), "did you mean ti2v-5B"),
         (dict(task="video"), "choose one of"),
         (dict(task="ti2v-5B", device="gpu"), "unknown device 'gpu'"),
+        (dict(task=5), "task must be a text, got 5; see --task in --help"),
+        (dict(task="ti2v-5B", vram="12GiB"), "vram must be a whole number, got '12GiB'; see --vram in --help"),
+        (dict(task="ti2v-5B", t5_cpu="no"), "t5_cpu must be True or False, got 'no'; see --t5_cpu in --help"),
+        (dict(task="ti2v-5B", skip_softmax=True), "skip_softmax must be a number, got True; see --skip_softmax in --help"),
         (dict(task="ti2v-5B", dtype="fp16"), "dtype must be one of"),
         (dict(task="ti2v-5B", vram=0), "positive"),
         (dict(task="ti2v-5B", checkpoint=" "), "empty"),
@@ -53,6 +57,10 @@ def test_config_refuses(options, says):
         (dict(seed=2**63), "below"),
         (dict(image="no/such.png"), "is not a file"),
         (dict(noise="no/such.safetensors"), "is not a file"),
+        (dict(num_clip="2"), "num_clip must be a whole number, got '2'; see --num_clip in --help"),
+        (dict(shift="3"), "shift must be a number, got '3'; see --sample_shift in --help"),
+        (dict(image=5), "image must be a text, got 5; see --image in --help"),
+        (dict(start_from_ref=1), "start_from_ref must be True or False, got 1; see --start_from_ref in --help"),
     ],
 )
 def test_request_refuses(options, says):

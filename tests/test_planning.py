@@ -17,6 +17,7 @@ from wan_fast.conditioning.image import grey_but_for
 from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import Device, describe
 from wan_fast.dit import WanDiT, grid_of
+from wan_fast.encoders import AudioEncoder
 from wan_fast.engine import Engine
 from wan_fast.inputs import Inputs
 from wan_fast.kernels import KERNELS
@@ -184,6 +185,28 @@ def test_decoding_memory_is_what_the_vae_takes(version, latents, decode, dtype):
 
         measured = peak_bytes(decode_all)
     assert measured <= memory._decode_bytes(dims, latents, *decode, dtype.itemsize, fused=True) <= 1.2 * measured
+
+
+@pytest.mark.parametrize("seconds", [2, 60, 600])
+def test_hearing_takes_memory_in_proportion_to_the_sound(seconds):
+    with torch.device("meta"):
+        encoder = AudioEncoder(manifest.AUDIO).requires_grad_(False)
+        sound = torch.empty(16000 * seconds)
+    measured = peak_bytes(lambda: encoder(sound))
+    assert measured <= memory._audio_bytes(manifest.AUDIO, 16000 * seconds) <= 2.5 * measured
+
+
+@pytest.mark.parametrize(
+    ("task", "stage", "says"),
+    [
+        ("s2v-14B", "denoise", "take a smaller --size or --infer_frames"),
+        ("s2v-14B", "audio", "shorten --audio"),
+        ("animate-14B", "denoise", "take a smaller --frame_num"),
+        ("t2v-14B", "denoise", "take a smaller --size or --frame_num"),
+    ],
+)
+def test_advice_names_options_that_the_task_has(task, stage, says):
+    assert memory._advice(EngineConfig(task=task), describe("cpu"), "bf16", stage).startswith(says)
 
 
 @pytest.mark.parametrize("frames", [1, 4])

@@ -19,7 +19,7 @@ from wan_fast.branches import Branches
 from wan_fast.conditioning import PREPARE
 from wan_fast.conditioning.audio import bucketed, to_30_hz
 from wan_fast.config import EngineConfig, Request, WanFastError
-from wan_fast.counting import counted
+from wan_fast.counting import count_work, counted
 from wan_fast.dit import WanDiT, grid_of, sinusoid
 from wan_fast.engine import Engine
 from wan_fast.framing import FRAME, scaled_sides, size_below
@@ -458,6 +458,11 @@ def test_poses_are_those_of_16_frames_per_second(files):
         ({"pose_video": "poses.mkv"}, r"^$"),
         ({"infer_frames": 80}, r"--audio lasts 1\.10 seconds, .* clip of 80 frames is made for it; --infer_frames 24 is"),
         ({"infer_frames": 24}, r"^$"),
+        (
+            {"audio": "5.0.wav", "infer_frames": 80},
+            r"lasts 5\.00 seconds, and the file ends after 4\.81, as officially: .* 3 frames less; --infer_frames 84 has",
+        ),
+        ({"audio": "5.0.wav", "infer_frames": 84}, r"^$"),
         ({}, r"^$"),
     ],
 )
@@ -647,5 +652,10 @@ def test_a_video_is_a_chain_of_clips(folder, files):
         other, _ = video_of(engine, replace(request, num_clip=1, **changed))
         assert relative_error(other[:, -5:], alone) > 1e-3, changed
     assert other.shape == (3, 8, 64, 64)
+    # what is shown ends with the sound, of 17.6 frames
+    whole, made = video_of(engine, replace(request, num_clip=None, num_steps=1))
+    assert whole.shape[1] == 21 and made.frames.shape[0] == framed(files)[1].shown == 18
+    todo = engine.plan(request)
+    assert todo.forwards == 2 * 2 * 2 and {"prepare", "denoise"} & {stage for stage, _ in count_work(engine, todo)}
     narrow = Engine(EngineConfig(task="s2v-14B", checkpoint=str(folder), device="cpu", dtype="bf16"))
     assert 1e-4 < relative_error(video_of(narrow, request)[0], frames) < 0.1
