@@ -291,7 +291,7 @@ def test_what_the_engine_draws(engine, name):
     todo = engine.plan(replace(SMALL, preset=name, seed=3))
     C, T, H, W = todo.latent_shape
     assert C != T > 1
-    noise, draw = engine._noise(todo)
+    noise, draw = engine._noise(todo)(todo.framing.clips[0])
     generator = torch.Generator().manual_seed(3)
     start = 80 / 81 if name.startswith("rcm") else 1
     assert torch.allclose(noise, randn(generator, C, T, H, W) * start, rtol=1e-6)

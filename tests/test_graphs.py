@@ -229,7 +229,6 @@ SOUND = dict(IMAGE, audio="first.wav", infer_frames=4, num_clip=3, num_frames=No
 DRIVEN = dict(src_root_path="first-driving", guidance_scale=3.0)
 CHAINS = {
     "s2v": (dict(MASK, task="s2v-14B"), dict(SOUND, num_steps=12), 1),
-    "s2v-from-picture": (dict(task="s2v-14B"), dict(SOUND, num_clip=2, start_from_ref=True), 1),
     "animate": (dict(task="animate-14B"), DRIVEN, 2),
     "animate-no-guidance": (dict(task="animate-14B"), dict(DRIVEN, guidance_scale=1.0), 2),
     "animate-replaced": (
@@ -333,9 +332,7 @@ def test_later_clips_with_more_to_remember(name):
     assert len(tapes) == 1 and captured[2] == captured[1] == len({step.kind for step in made.plan(request).steps})
 
 
-@pytest.mark.parametrize(
-    ("name", "graphs"), [*((name, "kept") for name in CHAINS), *((name, "released") for name in ("s2v", "animate"))]
-)
+@pytest.mark.parametrize(("name", "graphs"), [*((name, "kept") for name in CHAINS), ("animate", "released")])
 def test_clips_of_a_chain_are_those_of_every_launch(name, graphs):
     """A clip whose tokens are as many as those of the one before begins in its memory, and so does another video."""
     options, changes, continued = CHAINS[name]
