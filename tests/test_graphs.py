@@ -568,7 +568,9 @@ def test_frames_are_not_written_over_by_the_next_chunk(version):
     ],
 )
 def test_of_a_replayed_step_the_host_issues_the_rows(name, monkeypatch):
-    options, changes, *_ = (CASES | CHAINS)[name]
+    # whose clips all have as many tokens
+    from_picture = {"s2v-from-picture": (dict(task="s2v-14B"), dict(SOUND, num_clip=2, start_from_ref=True))}
+    options, changes, *_ = (CASES | CHAINS | from_picture)[name]
     made, tapes = engine("kept", decode=False, **options)
     by_step = []
 
