@@ -22,7 +22,7 @@ from wan_fast.device import named
 from wan_fast.dit import grid_of
 from wan_fast.engine import Engine
 from wan_fast.flags import phantom_tasks
-from wan_fast.framing import FRAME, whole_size
+from wan_fast.framing import FRAME, boxed_size
 from wan_fast.inputs import Inputs
 from wan_fast.recording import Recording
 from wan_fast.resolving import resolve
@@ -71,7 +71,7 @@ def test_references_are_frames_of_a_longer_clip(count):
     ],
 )
 def test_a_reference_fills_one_side(picture, size, whole):
-    assert whole_size(picture, size) == whole
+    assert boxed_size(picture, size) == whole
 
 
 def on_white(file, size=SIZE):

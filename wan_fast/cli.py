@@ -158,6 +158,8 @@ def _run(words: Sequence[str]) -> int:
     todo = _planned(config, request, extension)
     target = _check_outputs(output, todo)
     _say_plan(todo, is_example=_nothing_asked(parsed))
+    if todo.framing.sound is not None and target.suffix.lower() == ".gif":
+        print(f"warning     {target} is a GIF, which has no sound; take .mp4 or .webm to hear {todo.framing.sound.name}")
     _say_extension(request, extension)
     _say_attention(todo)
     _say_schedule(todo)

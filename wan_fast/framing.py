@@ -19,8 +19,11 @@ from wan_fast.sound import examine_sound, features, frames_at_30, has_sound, num
 from wan_fast.tasks import TaskSpec
 
 Size = tuple[int, int]
+# latent frames, and `changing` as in `manifest.vae_flops`
+Encoded = tuple[int, int | None]
 # pictures that VACE and Phantom take as references; each is a latent frame more
 MAX_REFERENCES, MAX_SUBJECTS = 8, 4
+PICTURE: Encoded = (1, None)
 # what Animate's preprocessing writes into a folder, the last two where a person is to be replaced
 PERSON, POSE, FACE, BACKGROUND, MASK = "src_ref.png", "src_pose.mp4", "src_face.mp4", "src_bg.mp4", "src_mask.mp4"
 
@@ -50,6 +53,7 @@ class Framing:
     them; None: as many as the video's frames come to. segments: the clips of a chain. history: frames at the end of what is
     there that the next clip is given. fps: frames per second where footage says it. sound: a file whose sound the video has.
     samples: of it at 16 kHz, where the model hears it. shown: frames that the file has, where it ends with its sound.
+    encoded: all that is given to the VAE's encoder, one after the other.
     """
 
     size: Size
@@ -65,6 +69,7 @@ class Framing:
     sound: Path | None = None
     samples: int = 0
     shown: int | None = None
+    encoded: tuple[Encoded, ...] = ()
 
     @property
     def clips(self) -> tuple[Segment, ...]:
@@ -95,13 +100,15 @@ def by_picture(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
     """TI2V: of a picture's shape, where there is one."""
     if request.image is None:
         return as_asked(request, spec, asked)
-    return Framing(best_size(request.size, image_size(Path(request.image)), spec.vae_spec.grid), request.num_frames)
+    size = best_size(request.size, image_size(Path(request.image)), spec.vae_spec.grid)
+    return Framing(size, request.num_frames, encoded=(PICTURE,))
 
 
 def by_area(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
     """I2V: of a picture's shape, in the area of the size asked for."""
     assert request.image is not None
-    return Framing(size_by_area(request.size, image_size(Path(request.image)), spec.vae_spec.stride[1]), request.num_frames)
+    size, count = size_by_area(request.size, image_size(Path(request.image)), spec.vae_spec.stride[1]), request.num_frames
+    return Framing(size, count, encoded=((spec.vae_spec.latent_frames(count), 0),))
 
 
 def by_first_frame(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
@@ -116,7 +123,7 @@ def by_first_frame(request: Resolved, spec: TaskSpec, asked: Request) -> Framing
         raise WanFastError(f"task {spec.name} needs 5 frames or more between two pictures, got {request.num_frames}; take 81")
     size, count = size_by_area(request.size, first, spec.vae_spec.stride[1]), request.num_frames
     note = "" if count == spec.num_frames else f"{count} frames: the official code makes {spec.num_frames} between two pictures"
-    return Framing(size, count, note=note)
+    return Framing(size, count, note=note, encoded=((spec.vae_spec.latent_frames(count), 1),))
 
 
 def by_footage(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
@@ -131,14 +138,17 @@ def by_footage(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
         if request.src_mask is not None:
             raise WanFastError("--src_mask says what of --src_video to change, and there is none; give both, or leave it out")
         _check_references(request, request.size)
-        return Framing(request.size, request.num_frames, leading=references)
+        grey = (spec.vae_spec.latent_frames(request.num_frames), 0)
+        return Framing(request.size, request.num_frames, leading=references, encoded=(grey, *[PICTURE] * references))
     video = examine(Path(request.src_video), "--src_video")
     if request.src_mask is not None:
         _check_mask(video, examine(Path(request.src_mask), "--src_mask"))
     size, frames = sampled(video.size, video.times, request.size, request.num_frames, asked.num_frames)
     _check_references(request, size)
     note = "" if len(frames) >= request.num_frames else f"--src_video has {len(video.times)} frames, enough for {len(frames)}"
-    return Framing(size, len(frames), leading=references, frames=frames, note=note)
+    latent_frames = spec.vae_spec.latent_frames(len(frames))
+    encoded = ((latent_frames, 0 if request.src_mask is None else None), (latent_frames, None), *[PICTURE] * references)
+    return Framing(size, len(frames), leading=references, frames=frames, note=note, encoded=encoded)
 
 
 def by_references(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
@@ -148,8 +158,8 @@ def by_references(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
         raise WanFastError(
             f"--src_ref_images names {count} pictures, {spec.name} was trained on {MAX_SUBJECTS} at most; name fewer"
         )
-    _check_references(request, request.size, whole_size)
-    return Framing(request.size, request.num_frames, trailing=count)
+    _check_references(request, request.size, boxed_size)
+    return Framing(request.size, request.num_frames, trailing=count, encoded=(PICTURE,) * count)
 
 
 def by_poses(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
@@ -173,7 +183,14 @@ def by_poses(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
     for flag, sides in posed.items():
         if abs(sides[0] / sides[1] * size[1] / size[0] - 1) > 0.05:
             notes.append(f"{flag} of {sides[0]}x{sides[1]} is stretched to the clip's shape, {size[0]}x{size[1]}")
-    return Framing(size, count, frames=tuple(range(count)), fps=round(there / video.times[-1][1], 3), note="; ".join(notes))
+    return Framing(
+        size,
+        count,
+        frames=tuple(range(count)),
+        note="; ".join(notes),
+        fps=round(there / video.times[-1][1], 3),
+        encoded=((spec.vae_spec.latent_frames(count), 0),),
+    )
 
 
 def by_speech(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
@@ -214,6 +231,8 @@ def by_speech(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
             f"--audio lasts {sound.seconds:.2f} seconds, and a clip of {length} frames is made for it; --infer_frames {enough} "
             "is as many as it needs"
         )
+    before: Encoded = (spec.vae_spec.latent_frames(MOTION_FRAMES), None)
+    poses: list[Encoded] = [(length // 4 + 1, None)] * (count * (request.pose_video is not None))
     return Framing(
         size,
         num_frames,
@@ -226,6 +245,7 @@ def by_speech(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
         sound=sound.path,
         samples=len(sound.samples),
         shown=min(num_frames, ceil(round(sound.seconds * spec.fps, 6))),
+        encoded=(PICTURE, *[before] * (count - (not request.start_from_ref)), *poses),
     )
 
 
@@ -250,16 +270,20 @@ def by_folder(request: Resolved, spec: TaskSpec, asked: Request) -> Framing:
             f"take {spec.num_frames}"
         )
     enough = 4 * ceil((max(count, history + 1) - 1) / 4) + 1
+    segments, latent_frames = chain(count, length, history), spec.vae_spec.latent_frames(length)
+    # poses, and what is there of the clip
+    of_clip: list[Encoded] = [(latent_frames, None), (latent_frames, None if request.replace_flag else 1)]
     return Framing(
         pose.size,
         count,
         leading=1,
         note=f"{POSE} has {_length(pose)}, a clip {length}; --frame_num {enough} is as many as it needs" * (enough < length),
-        latent_frames=spec.vae_spec.latent_frames(length),
-        segments=chain(count, length, history),
+        latent_frames=latent_frames,
+        segments=segments,
         history=history,
         fps=round(count / pose.times[-1][1], 3),
         sound=_sound_of(request, folder),
+        encoded=(PICTURE, *of_clip * len(segments)),
     )
 
 
@@ -414,10 +438,11 @@ def fitted_size(picture: Size, size: Size) -> Size:
     return int(picture[0] * scale), int(picture[1] * scale)
 
 
-def whole_size(picture: Size, size: Size) -> Size:
-    """Likewise, one side being that of the size."""
-    (width, height), ratio = size, picture[0] / picture[1]
-    return (width, int(width / ratio)) if ratio > width / height else (int(height * ratio), height)
+def boxed_size(picture: Size, size: Size) -> Size:
+    """Sides of a picture that is scaled to fit into a size; one of them is the size's own."""
+    if picture[1] * size[0] > size[1] * picture[0]:
+        return int(size[1] / picture[1] * picture[0]), size[1]
+    return size[0], int(size[0] / picture[0] * picture[1])
 
 
 def _check_references(request: Resolved, size: Size, fitted: Callable[[Size, Size], Size] = fitted_size) -> None:
@@ -450,13 +475,6 @@ def reflected(start: int, length: int, count: int) -> list[int]:
     """Indices of `length` frames from `start` on, of a video of `count` that goes back and forth."""
     period = max(1, 2 * (count - 1))
     return [min(index % period, period - index % period) for index in range(start, start + length)]
-
-
-def boxed_size(picture: Size, size: Size) -> Size:
-    """Sides of a picture that is scaled to fit into a size; one of them is the size's own."""
-    if picture[1] * size[0] > size[1] * picture[0]:
-        return int(size[1] / picture[1] * picture[0]), size[1]
-    return size[0], int(size[0] / picture[0] * picture[1])
 
 
 def _driving(request: Resolved) -> dict[str, Footage]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -11,7 +11,6 @@ from wan_fast import manifest, schemes
 from wan_fast.config import ATTENTION_8BIT, EngineConfig, WanFastError
 from wan_fast.device import Device
 from wan_fast.framing import Framing
-from wan_fast.manifest.speech import MOTION_FRAMES
 from wan_fast.resolving import Resolved
 from wan_fast.schemes import Form
 from wan_fast.setup import Models, Setup
@@ -97,7 +96,7 @@ def memory_plan(
         at_work["image"], working["image"] = ["image encoder"], _image_bytes(models.image, image_size)
     if models.audio is not None:
         at_work["audio"], working["audio"] = ["audio encoder"], _audio_bytes(models.audio, framing.samples)
-    if encoded := clips_encoded(config.spec, request, latent_frames, len(framing.clips)):
+    if encoded := framing.encoded:
         at_work["encode"] = ["VAE"]
         frames = 4 if any(latent_frames > 1 for latent_frames, _ in encoded) else 1
         working["encode"] = _encode_bytes(models.vae, latent_shape, vae_size, fused, frames)
@@ -181,8 +180,9 @@ def _advice(config: EngineConfig, device: Device, dtype: str, stage: str) -> str
     """Ways out of a plan that does not fit, those that help the stage at fault."""
     spec = config.spec
     # what says how large and how long a clip is
-    able = {"speech": "--size or --infer_frames", "animate": "--frame_num"}.get(spec.kind, "--size or --frame_num")
-    ways = {"text": [], "audio": ["shorten --audio"]}.get(stage, [f"take a smaller {able}"])
+    size = "--size or " * ("src_root_path" not in spec.takes)
+    length = "--infer_frames" if "infer_frames" in spec.takes else "--frame_num"
+    ways = {"text": [], "audio": ["shorten --audio"]}.get(stage, [f"take a smaller {size}{length}"])
     held = ["--offload_model False"] * (config.offload_model is False) + ["--cuda-graphs"] * bool(config.cuda_graphs)
     if device.type != "cpu" and held:
         ways.append(f"leave out {' and '.join(held)}")
@@ -283,33 +283,6 @@ def _decode_bytes(
         return int(1.01 * history + alive)
     # in fp32 narrow layers run with the channels of three frames side by side
     return int(1.2 * history + (2.2 if size == 4 and dims.decoder_dim < 64 else 1.85) * alive)
-
-
-# by kind of task, of the request, latent frames and clips: what is encoded, one after the other
-_ENCODED: dict[str, Callable[[Resolved, int, int], list[tuple[int, int | None]]]] = {
-    "text": lambda request, T, clips: [],
-    "text_image": lambda request, T, clips: [(1, None)] * (request.image is not None),
-    "image": lambda request, T, clips: [(T, 0)],
-    "first_last": lambda request, T, clips: [(T, 1)],
-    "vace": lambda request, T, clips: [
-        (T, 0 if request.src_mask is None else None),
-        *[(T, None)] * (request.src_video is not None),
-        *[(1, None)] * len(request.src_ref_images),
-    ],
-    "speech": lambda request, T, clips: [
-        (1, None),
-        *[((MOTION_FRAMES + 3) // 4, None)] * (clips - (not request.start_from_ref)),
-        *[(T + 1, None)] * (clips * (request.pose_video is not None)),
-    ],
-    "animate": lambda request, T, clips: [(1, None), *[(T, None), (T, None if request.replace_flag else 1)] * clips],
-    "subjects": lambda request, T, clips: [(1, None)] * len(request.src_ref_images),
-    "poses": lambda request, T, clips: [(T, 0)],
-}
-
-
-def clips_encoded(spec: TaskSpec, request: Resolved, latent_frames: int, clips: int) -> list[tuple[int, int | None]]:
-    """All that is encoded, one after the other: latent frames, and `changing` as in `manifest.vae_flops`."""
-    return _ENCODED[spec.kind](request, latent_frames, clips)
 
 
 def _inputs_bytes(

@@ -20,7 +20,7 @@ from wan_fast.config import EngineConfig, Request, WanFastError
 from wan_fast.device import Device, named
 from wan_fast.framing import FRAME, Framing
 from wan_fast.headers import read_safetensors_header
-from wan_fast.memory import MemoryPlan, clips_encoded, gib, memory_plan, strips
+from wan_fast.memory import MemoryPlan, gib, memory_plan, strips
 from wan_fast.presets import named_preset
 from wan_fast.resolving import Resolved, resolve
 from wan_fast.schedule import schedule
@@ -276,9 +276,9 @@ def _flops(
         flops["image"] = spec.image_tokens // models.image.tokens * manifest.clip_flops(models.image)
     if models.audio is not None:
         flops["audio"] = float(manifest.audio_flops(models.audio, framing.samples))
-    if encoded := clips_encoded(spec, request, T, len(framing.clips)):
+    if framing.encoded:
         flops["encode"] = sum(
-            manifest.vae_flops(models.vae, "encoder", frames, h, w, changing=changing) for frames, changing in encoded
+            manifest.vae_flops(models.vae, "encoder", frames, h, w, changing=changing) for frames, changing in framing.encoded
         )
     return flops
 

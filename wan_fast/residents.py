@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wan_fast import manifest
 from wan_fast.config import EngineConfig
@@ -15,6 +15,7 @@ from wan_fast.encoders import AudioEncoder, ImageEncoder, TextEncoder
 from wan_fast.loading import load_model
 from wan_fast.setup import Setup
 from wan_fast.vae import WanVAE, lay_out
+from wan_fast.weights import Part
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -39,30 +40,24 @@ class Residents:
         opened, spec = self.setup.checkpoint, self.config.spec
         assert opened is not None and opened.vae is not None
         vae, image, audio = opened.vae, opened.image_encoder, opened.audio_encoder
-        self.models["vae"] = load_model(
-            lambda: WanVAE(manifest.VaeDims.of_shapes(vae.shapes)),
-            vae,
-            self.home,
-            lambda name: DTYPES[self.setup.vae_dtype],
-            lay_out=lay_out,
-            report=report,
-        )
+        self._add("vae", lambda: WanVAE(manifest.VaeDims.of_shapes(vae.shapes)), vae, self.setup.vae_dtype, report, lay_out)
         if image is not None and spec.image_tokens:
-            self.models["image"] = load_model(
-                lambda: ImageEncoder(manifest.ClipDims.of_shapes(image.shapes)),
-                image,
-                self.home,
-                lambda name: DTYPES[self.setup.image_dtype],
-                report=report,
-            )
+            dims = manifest.ClipDims.of_shapes(image.shapes)
+            self._add("image", lambda: ImageEncoder(dims), image, self.setup.image_dtype, report)
         if audio is not None and spec.audio_encoder:
-            self.models["audio"] = load_model(
-                lambda: AudioEncoder(manifest.AudioDims.of_config(audio.config)),
-                audio,
-                self.home,
-                lambda name: torch.float32,
-                report=report,
-            )
+            heard = manifest.AudioDims.of_config(audio.config)
+            self._add("audio", lambda: AudioEncoder(heard), audio, "fp32", report)
+
+    def _add(
+        self,
+        name: str,
+        make: Callable[[], nn.Module],
+        part: Part,
+        dtype: str,
+        report: Callable[[int], None],
+        lay_out: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.models[name] = load_model(make, part, self.home, lambda _: DTYPES[dtype], lay_out=lay_out, report=report)
 
     def load_text(self, report: Callable[[int], None] | None = None) -> None:
         """Load the text encoder, if it is not there yet."""

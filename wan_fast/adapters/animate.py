@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wan_fast.adapters.causal import CausalConv1d, activated
 from wan_fast.adapters.protocol import AfterBlock
 from wan_fast.attention import Attention, Projected, sdpa
 from wan_fast.blocks import Context, Given, Grid, KeysValues, RMSNorm, fuse
@@ -106,18 +107,6 @@ class MotionEncoder(nn.Module):
         return self.enc["fc"](seen).float() @ directions.T
 
 
-class CausalConv1d(nn.Module):
-    """Over frames [B, F, C]; before the first is that again."""
-
-    def __init__(self, into: int, out: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(into, out, 3, stride=stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.conv.weight.dtype).transpose(1, 2)
-        return self.conv(F.pad(x, (2, 0), mode="replicate")).transpose(1, 2)
-
-
 class FaceEncoder(nn.Module):
     """Motion vectors [F, motion_dim] of 4n + 1 frames -> tokens [n + 1, heads + 1, D], of latent frames."""
 
@@ -132,13 +121,9 @@ class FaceEncoder(nn.Module):
     def forward(self, motion: Tensor) -> Tensor:
         # the groups are independent from here on: [heads, F, width]
         x = self.conv1_local(motion[None])[0].unflatten(-1, (self.heads, -1)).transpose(0, 1)
-        x = self.conv3(_activated(self.conv2(_activated(x))))
-        tokens = self.out_proj(_activated(x).to(self.out_proj.weight.dtype)).transpose(0, 1)
+        x = self.conv3(activated(self.conv2(activated(x))))
+        tokens = self.out_proj(activated(x).to(self.out_proj.weight.dtype)).transpose(0, 1)
         return torch.cat([tokens, self.padding_tokens[0].expand(tokens.shape[0], -1, -1)], dim=1)
-
-
-def _activated(x: Tensor) -> Tensor:
-    return F.silu(F.layer_norm(x.float(), x.shape[-1:], eps=EPS))
 
 
 class FuserBlock(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wan_fast.adapters.causal import CausalConv1d, activated
 from wan_fast.adapters.protocol import AfterBlock
 from wan_fast.attention import Attention, Projected, sdpa
 from wan_fast.blocks import Context, CrossAttention, Given, Grid, KeysValues
@@ -26,18 +27,6 @@ REFERENCE_TIME = 30
 INJECTION_EPS = 1e-5
 
 
-class CausalConv(nn.Module):
-    """Over a frame and the two before it; the first is repeated before the beginning."""
-
-    def __init__(self, into: int, out: int, stride: int = 1) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(into, out, 3, stride=stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, F] -> [N, C', ceil(F / stride)]."""
-        return self.conv(F.pad(x, (2, 0), mode="replicate"))
-
-
 class SoundTokens(nn.Module):
     """Frames of sound, four to a latent frame, as tokens; all of it in fp32."""
 
@@ -45,28 +34,21 @@ class SoundTokens(nn.Module):
         super().__init__()
         self.count = speech.audio_tokens
         self.padding_tokens = nn.Parameter(torch.empty(1, 1, 1, dim))
-        self.conv1_local = CausalConv(speech.audio_dim, speech.audio_tokens * (dim // 4))
-        self.conv1_global = CausalConv(speech.audio_dim, dim // 4)
-        self.conv2 = CausalConv(dim // 4, dim // 2, stride=2)
-        self.conv3 = CausalConv(dim // 2, dim, stride=2)
+        self.conv1_local = CausalConv1d(speech.audio_dim, speech.audio_tokens * (dim // 4))
+        self.conv1_global = CausalConv1d(speech.audio_dim, dim // 4)
+        self.conv2 = CausalConv1d(dim // 4, dim // 2, stride=2)
+        self.conv3 = CausalConv1d(dim // 2, dim, stride=2)
         self.final_linear = nn.Linear(dim, dim)
 
     def forward(self, sound: Tensor) -> tuple[Tensor, Tensor]:
         """[C, F] of the frames before and the clip -> tokens of the clip's latent frames [T, S, D], the last of them learned,
         and what modulates [T, D]."""
-        local, whole = self.conv1_local(sound[None]), self.conv1_global(sound[None])
-        x = torch.cat([local.unflatten(1, (self.count, -1))[0], whole])  # [S, D / 4, F], each a stream of its own
-        for conv in (self.conv2, self.conv3):
-            x = conv(_normed(x))
-        *tokens, whole = _normed(x)[..., MOTION_LATENTS:].transpose(1, 2)  # [T, D] each
+        local, whole = (conv(sound.T[None]) for conv in (self.conv1_local, self.conv1_global))
+        # [S, F, D / 4], each a stream of its own
+        x = torch.cat([local[0].unflatten(-1, (self.count, -1)).transpose(0, 1), whole])
+        *tokens, whole = activated(self.conv3(activated(self.conv2(activated(x)))))[:, MOTION_LATENTS:]  # [T, D] each
         learned = self.padding_tokens[0, 0].expand_as(whole)
         return torch.stack([*tokens, learned], dim=1), self.final_linear(whole)
-
-
-def _normed(x: Tensor) -> Tensor:
-    """SiLU of the layer norm over the channels of [N, C, F]."""
-    x = x.transpose(1, 2)
-    return F.silu(F.layer_norm(x, x.shape[-1:], eps=1e-6)).transpose(1, 2)
 
 
 class SoundEncoder(nn.Module):

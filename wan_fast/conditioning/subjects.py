@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from wan_fast.conditioning.prepared import Conditioning, Encoders, pixels_of, texts_of
-from wan_fast.framing import Framing, Size, whole_size
+from wan_fast.framing import Framing, Size, boxed_size
 from wan_fast.inputs import Inputs
 from wan_fast.media import read_image
 from wan_fast.resolving import Resolved
@@ -34,7 +34,7 @@ def on_white(image: Image.Image, size: Size) -> Image.Image:
     """A picture whole, scaled (Lanczos) to fit into `size` (width, height), at the centre of white."""
     from PIL import Image
 
-    columns, rows = whole_size(image.size, size)
+    columns, rows = boxed_size(image.size, size)
     canvas = Image.new("RGB", size, "white")
     canvas.paste(image.resize((columns, rows), Image.Resampling.LANCZOS), ((size[0] - columns) // 2, (size[1] - rows) // 2))
     return canvas
